@@ -119,9 +119,9 @@ def rendering_at(letters: list[str], seed: int, split: str, rank: int) -> Render
     return Rendering(
         letters[letter],
         list(FONTS)[font],
-        extent=0.62 + 0.2 * extent,
-        shift=(0.12 * dx - 0.06, 0.12 * dy - 0.06),
-        degrees=24 * turn - 12,
+        extent=0.58 + 0.14 * extent,
+        shift=(0.08 * dx - 0.04, 0.08 * dy - 0.04),
+        degrees=20 * turn - 10,
     )
 
 
