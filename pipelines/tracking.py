@@ -44,7 +44,7 @@ _ENVIRONMENT = {
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 900, 90, 500  # of one request; MLflow refuses more
 _FLUSH_EVERY_S = 1.0
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
-_SECRET_KEY = re.compile(r"secret|token|password|passwd|credential|access_?key|api_?key", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"secret|token|password|passwd|credential|access[_-]?key|api[_-]?key", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]+\.|-----BEGIN ")
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -114,7 +114,12 @@ def experiment_id(mlflow_client: MlflowClient, name: str, uri: str) -> str:
 def brief(error: BaseException) -> str:
     """The first line of an error, short and without credentials."""
     text = str(error).strip()
-    for known in ("Connection refused", "timed out", "Name or service not known", "Temporary failure in name resolution"):
+    for known in (
+        "Connection refused",
+        "timed out",
+        "Name or service not known",
+        "Temporary failure in name resolution",
+    ):
         if known in text:
             return known.lower()
     lines = text.splitlines()
@@ -317,7 +322,9 @@ class Tracker:
         elif kind == "params":
             items = list(payloads[0].items())
             for start in range(0, len(items), _MAX_PARAMS):
-                self._client.log_batch(self._run_id, params=[Param(k, v) for k, v in items[start : start + _MAX_PARAMS]])
+                self._client.log_batch(
+                    self._run_id, params=[Param(k, v) for k, v in items[start : start + _MAX_PARAMS]]
+                )
         elif kind == "tags":
             self._client.log_batch(self._run_id, tags=[RunTag(k, v) for k, v in payloads[0].items()])
         else:
@@ -336,4 +343,3 @@ class Tracker:
             f"MLflow at {shown(self.uri)} did not take what was logged ({brief(error)}); "
             "the work goes on, and its numbers are in metrics.jsonl"
         )
-
