@@ -1,0 +1,281 @@
+"""One training step of any system: its phases in order, for every logical rank that this process hosts.
+
+    for phase in system.phases(step):
+        for each hosted logical rank:  losses → Σ weight × term (float32) → backward into the phase's parameters
+        sum gradients over processes → optimiser steps → phase.after()
+    EMA
+
+The engine knows no system by name. It never waits for the device: loss terms and flags stay there until `read`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Batch
+from models.errors import ConfigError, NonFiniteLoss
+from models.losses import total
+from models.replay import ReplayPool
+from models.sync import GradientSync
+from models.system import Draws, Phase, StepContext, System
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What does not change in a run.
+
+    Attributes:
+        total_steps: length of the run; learning rates and curricula are functions of step / total_steps.
+        logical_ranks: V; the global batch is the union of V micro-batches, each with its own random stream and pools.
+        hosted: the logical ranks of this process.
+        seed: of every random number of the run.
+        ema: decay of an exponential moving average of the generators, or None.
+    """
+
+    total_steps: int
+    logical_ranks: int = 1
+    hosted: tuple[int, ...] = (0,)
+    seed: int = 0
+    precision: Precision = "fp32"
+    ema: float | None = None
+
+
+def random_stream(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose sequence is a pure function of `key`."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Engine:
+    """Plays a system's phases and owns what training adds to it: optimisers, replay pools, EMA, the terms not yet read."""
+
+    def __init__(
+        self, system: System, weights: Any, config: EngineConfig, device: torch.device, sync: GradientSync | None = None
+    ) -> None:
+        self.system, self.config, self.device = system.to(device), config, device
+        self.weights = {f.name: getattr(weights, f.name) for f in fields(weights)}
+        self.sync = sync or GradientSync()
+        self.optimisers = {name: _adam(system, spec) for name, spec in system.optimisers.items()}
+        self.pools = {v: {n: ReplayPool(c) for n, c in system.pools.items()} for v in config.hosted}
+        self.ema: dict[str, nn.Module] = {}
+        if config.ema is not None:
+            self.ema = {n: _frozen_copy(system.networks[n]) for n in system.generators}
+        self._unread: list[tuple[int, list[tuple[str, str]], Tensor]] = []
+        self._parameters: dict[tuple[str, ...], list[nn.Parameter]] = {}
+
+    def step(self, step: int, batches: Mapping[int, Batch]) -> None:
+        """One optimiser step of every phase on the micro-batches of the hosted logical ranks.
+
+        Args:
+            step: its number, from 0; also the key of its random numbers.
+            batches: hosted logical rank → micro-batch on the engine's device.
+        """
+        fraction = step / self.config.total_steps
+        draws = {v: self.draws(v, step, batches[v].size) for v in self.config.hosted}
+        carries: dict[int, dict[str, Tensor]] = {v: {} for v in self.config.hosted}
+        self.system.train()
+        labels: list[tuple[str, str]] = []
+        values: list[Tensor] = []
+        for phase in self.system.phases(step):
+            terms = self._phase(phase, step, fraction, batches, draws, carries)
+            labels += [(phase.name, name) for name in terms]
+            values += terms.values()
+        if self.config.ema is not None:
+            self._update_ema(self.config.ema)
+        self._unread.append((step, labels, torch.stack(values)))
+
+    def draws(self, rank: int, step: int, n: int) -> Draws:
+        """The random numbers of one logical rank at one step, a function of (seed, rank, step)."""
+        made = self.system.draw(random_stream(self.config.seed, "draw", rank, step), n)
+        return {k: v if k.startswith("pool") else v.to(self.device, non_blocking=True) for k, v in made.items()}
+
+    def _phase(
+        self,
+        phase: Phase,
+        step: int,
+        fraction: float,
+        batches: Mapping[int, Batch],
+        draws: Mapping[int, Draws],
+        carries: dict[int, dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        weights = self._weights_now(phase, fraction)
+        active = frozenset(name for name, weight in weights.items() if weight != 0)
+        parameters = self._parameters_of(phase)
+        ranks = self.config.logical_ranks
+        sums: dict[str, Tensor] = {}
+        for i, v in enumerate(self.config.hosted):
+            ctx = StepContext(step, active, draws[v], self.pools[v])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                out = phase.losses(batches[v], carries[v], ctx)
+            _check_names(phase, out.terms, active)
+            carries[v] |= out.carry
+            if not out.terms:
+                continue
+            loss = total(out.terms, weights) / ranks
+            if i == len(self.config.hosted) - 1:
+                self.sync.watch(parameters)
+            torch.autograd.backward(loss, inputs=parameters)
+            for name, term in out.terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / ranks
+        if not sums:
+            return {}
+        finite = torch.isfinite(torch.stack(list(sums.values()))).all()
+        flag = self.sync.finish((~finite).float())
+        for name in phase.optimisers:
+            self._step_optimiser(name, fraction, flag)
+        if phase.after is not None:
+            phase.after()
+        return sums
+
+    def _weights_now(self, phase: Phase, fraction: float) -> dict[str, float]:
+        missing = [t for t in phase.terms if t not in self.weights]
+        assert not missing, f"phase {phase.name} of {self.system.name} has terms without a weight: {missing}"
+        chosen = {t: self.weights[t] for t in phase.terms}
+        return {t: w(fraction) if callable(w) else float(w) for t, w in chosen.items()}
+
+    def _step_optimiser(self, name: str, fraction: float, flag: Tensor) -> None:
+        spec, optimiser = self.system.optimisers[name], self.optimisers[name]
+        for group in optimiser.param_groups:
+            group["lr"] = spec.lr * spec.schedule(fraction)
+        # A step on non-finite gradients is skipped on the device, without waiting for it: fused Adam takes the flag.
+        optimiser.found_inf = (flag > 0).float()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _update_ema(self, decay: float) -> None:
+        for name, average in self.ema.items():
+            live = list(self.system.networks[name].parameters())
+            torch._foreach_lerp_(list(average.parameters()), live, 1 - decay)
+
+    def _parameters_of(self, phase: Phase) -> list[nn.Parameter]:
+        if phase.optimisers not in self._parameters:
+            names = [n for o in phase.optimisers for n in self.system.optimisers[o].networks]
+            self._parameters[phase.optimisers] = [p for n in names for p in self.system.networks[n].parameters()]
+        return self._parameters[phase.optimisers]
+
+    def read(self) -> list[dict[str, float]]:
+        """The loss terms of every step since the last call, in one transfer: `{"step": …, term: mean over the batch}`.
+
+        Collective: every process must call it after the same steps.
+
+        Raises:
+            NonFiniteLoss: a term was not finite; no weight has been stepped on it.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return []
+        flat = self.sync.sum(torch.cat([values for _, _, values in unread])).tolist()
+        rows = []
+        for step, labels, values in unread:
+            numbers, flat = flat[: len(values)], flat[len(values) :]
+            for (phase, term), number in zip(labels, numbers, strict=True):
+                if number != number or number in (float("inf"), float("-inf")):
+                    raise NonFiniteLoss(
+                        f"step {step}, phase '{phase}': the term '{term}' is {number}",
+                        hint="resume with a smaller learning rate or weight, or with --precision fp32",
+                    )
+            rows.append({"step": step} | {term: number for (_, term), number in zip(labels, numbers, strict=True)})
+        return rows
+
+    def state(self) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """(what every process holds alike, replay pools of the hosted logical ranks), as copies on the CPU.
+
+        Raises:
+            NonFiniteLoss: a network holds a number that is not finite.
+        """
+        shared: dict[str, Tensor] = {}
+        for name, network in self.system.networks.items():
+            for key, value in network.state_dict().items():
+                shared[f"networks.{name}.{key}"] = value
+        for name, tensor in shared.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteLoss(f"'{name}' holds a number that is not finite", hint="resume from an earlier checkpoint")
+        for name, average in self.ema.items():
+            for key, value in average.state_dict().items():
+                shared[f"ema.{name}.{key}"] = value
+        for name, optimiser in self.optimisers.items():
+            for index, entry in optimiser.state_dict()["state"].items():
+                for key, value in entry.items():
+                    shared[f"optimisers.{name}.{index}.{key}"] = value
+        pools = {
+            v: {f"{name}.{key}": value for name, pool in named.items() for key, value in pool.state_dict().items()}
+            for v, named in self.pools.items()
+        }
+        return _to_cpu(shared), {v: _to_cpu(tensors) for v, tensors in pools.items()}
+
+    def load_state(self, shared: Mapping[str, Tensor], pools: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Inverse of `state`. Strict: a tensor that is missing, unknown or of another shape is an error.
+
+        Raises:
+            ConfigError: names the tensor and both shapes.
+        """
+        for name, network in self.system.networks.items():
+            _load_network(network, _below(shared, f"networks.{name}."), name)
+        for name, average in self.ema.items():
+            _load_network(average, _below(shared, f"ema.{name}."), f"ema of {name}")
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in _below(shared, f"optimisers.{name}.").items():
+                index, field = key.split(".", 1)
+                # A copy: the optimiser writes into what it is given.
+                state.setdefault(int(index), {})[field] = value.clone()
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        for v, named in self.pools.items():
+            for name, pool in named.items():
+                images = pools.get(v, {}).get(f"{name}.images")
+                pool.load_state_dict({} if images is None else {"images": images.to(self.device)})
+
+    def generator_networks(self) -> dict[str, nn.Module]:
+        """What `translate` should use: the averaged generators where there is an EMA, else the live ones."""
+        return self.ema or {n: self.system.networks[n] for n in self.system.generators}
+
+
+def _adam(system: System, spec: Any) -> torch.optim.Adam:
+    networks = system.networks
+    parameters = [p for n in spec.networks for p in networks[n].parameters()]
+    return torch.optim.Adam(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
+
+
+def _check_names(phase: Phase, terms: Mapping[str, Tensor], active: frozenset[str]) -> None:
+    assert set(terms) == set(active), f"phase {phase.name} returned {sorted(terms)}, active are {sorted(active)}"
+
+
+def _frozen_copy(network: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _load_network(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    expected = network.state_dict()
+    wrong: Sequence[str] = [
+        f"{key}: stored {tuple(tensors[key].shape) if key in tensors else 'nothing'}, "
+        f"expected {tuple(expected[key].shape) if key in expected else 'nothing'}"
+        for key in sorted(set(expected) | set(tensors))
+        if key not in tensors or key not in expected or tensors[key].shape != expected[key].shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"the stored network '{name}' is of another shape: {wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}",
+            code="E_ARCHITECTURE",
+            hint="use the system's settings of the stored run (its run.yaml)",
+        )
+    network.load_state_dict(dict(tensors))
+
+
+def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies in contiguous memory (on the CPU, `to` alone would alias what training goes on to change)."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}

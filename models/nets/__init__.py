@@ -1,0 +1,1 @@
+"""Building blocks, initialisations, and the networks that two or more systems share."""
