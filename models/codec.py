@@ -71,9 +71,7 @@ def probe(data: bytes, limits: Limits | None = None) -> ImageInfo:
     return _open(data, limits or Limits())[0]
 
 
-def decode(
-    data: bytes, limits: Limits | None = None, background: tuple[int, int, int] = (255, 255, 255)
-) -> np.ndarray:
+def decode(data: bytes, limits: Limits | None = None, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
     """Decode to an upright uint8 RGB array (h, w, 3).
 
     Args:
