@@ -1,4 +1,4 @@
-"""What `i2i tune` searches: one module a system, with ranges of its loss weights, the reason for each, and the objective.
+"""What `i2i tune` searches: one module a system, with the ranges of its loss weights and the objective.
 
 A module holds `SPACE` (weight name → `Range`) and `OBJECTIVE`. Names are those of the system's `Weights`. The published
 weights are always the first trial, so a range must contain the published value.

@@ -1,7 +1,7 @@
 """CycleGAN: how much the way back (`cycle`) and the target's own images (`identity`) hold the generators.
 
-Only ratios to the adversarial term matter to Adam, so `adv` stays at 1 and two numbers are left. `adv_d` has an optimiser
-of its own, which hides its scale.
+Only ratios to the adversarial term matter to Adam, so `adv` stays at 1 and two numbers are left. `adv_d` has an
+optimiser of its own, which hides its scale.
 """
 
 from tune_spaces import Objective, Range
