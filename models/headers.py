@@ -40,10 +40,12 @@ class Header:
 
 
 def truncated(kind: str, size: int) -> ImageError:
+    """The error of a file that was cut off."""
     return ImageError(f"the {kind} file ends too early ({size:,} bytes)", code="E_IMG_TRUNCATED", hint="copy it again")
 
 
 def corrupt(kind: str, detail: str) -> ImageError:
+    """The error of a file whose content contradicts itself."""
     return ImageError(f"the {kind} data is damaged: {detail}", code="E_IMG_CORRUPT", hint="copy it again")
 
 
@@ -157,7 +159,7 @@ def exif_orientation(block: bytes) -> int:
         exif = Image.Exif()
         exif.load(block)
         value = exif.get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF is common and harmless: the image is shown as stored
+    except Exception:  # noqa: BLE001  damaged EXIF is common and harmless: the image is shown as stored
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -84,6 +84,7 @@ class Manifest:
         return len({entry["keys_sha256"] for entry in entries if entry}) == 1
 
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class Fault:
 def endpoint() -> str | None:
     """The endpoint given by the environment; None means AWS itself."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _shown_endpoint() -> str:
+    """The endpoint for a message, without a user name and password that an address may hold."""
+    return re.sub(r"//[^/@]*@", "//", endpoint() or "AWS S3")
 
 
 def forget_client() -> None:
@@ -74,7 +80,9 @@ def _new_client() -> Any:
         return session.client("s3", endpoint_url=url, config=config, region_name=session.region_name or "us-east-1")
     except ValueError as error:
         raise DataError(
-            f"the S3 endpoint is not usable: AWS_ENDPOINT_URL={url!r}", code="E_URI", hint="e.g. http://127.0.0.1:9000"
+            f"the S3 endpoint is not usable: AWS_ENDPOINT_URL is {_shown_endpoint()!r}",
+            code="E_URI",
+            hint="e.g. http://127.0.0.1:9000",
         ) from error
 
 
@@ -88,6 +96,7 @@ class S3:
         return "/".join(part for part in (self.prefix, path.strip("/")) if part)
 
     def read(self, path: str) -> bytes:
+        """A whole object."""
         answer = _client().get_object(Bucket=self.bucket, Key=self._key(path))
         data = answer["Body"].read()
         if len(data) != answer["ContentLength"]:
@@ -95,6 +104,7 @@ class S3:
         return data
 
     def size(self, path: str) -> int | None:
+        """Bytes of an object; None where there is none."""
         from botocore.exceptions import ClientError
 
         if not self._key(path):
@@ -109,10 +119,12 @@ class S3:
         return None
 
     def write(self, path: str, data: bytes) -> None:
+        """Put an object; the server checks its MD5."""
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         _client().put_object(Bucket=self.bucket, Key=self._key(path), Body=data, ContentMD5=digest)
 
     def write_new(self, path: str, data: bytes) -> bool:
+        """Put an object under If-None-Match; False where the server says that it exists."""
         from botocore.exceptions import ClientError
 
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
@@ -128,6 +140,7 @@ class S3:
         return True
 
     def upload(self, path: str, local: Path) -> None:
+        """Put a file, in parts where it is larger than 1 GiB."""
         if local.stat().st_size > _SINGLE_PUT_BYTES:
             _client().upload_file(str(local), self.bucket, self._key(path))
             return
@@ -139,6 +152,7 @@ class S3:
             )
 
     def list(self, prefix: str) -> list[tuple[str, int]]:
+        """(path, bytes) of all objects below a directory."""
         base = self._key(prefix)
         cut = len(self.prefix) + 1 if self.prefix else 0
         found: list[tuple[str, int]] = []
@@ -157,6 +171,7 @@ class S3:
         return _client().list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=count, **more)
 
     def delete(self, path: str) -> None:
+        """Delete an object, if it is there."""
         _client().delete_object(Bucket=self.bucket, Key=self._key(path))
 
 
@@ -165,18 +180,16 @@ def _identity() -> str:
     return f"the key {key[:4]}… of AWS_ACCESS_KEY_ID" if key else "the default AWS credentials"
 
 
-_AUTH = frozenset(
-    "AccessDenied Forbidden 403 401 InvalidAccessKeyId SignatureDoesNotMatch AuthorizationHeaderMalformed".split()
-)
-_EXPIRED = frozenset("ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired".split())
-_BUSY = frozenset("SlowDown Throttling ThrottlingException RequestLimitExceeded 429 503 ServiceUnavailable".split())
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed")
+_BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "ServiceUnavailable")
 
 
 def explain(error: BaseException) -> Fault | None:
     """What a failure of a call means; None for what is not a storage failure (a mistake in our own code)."""
     from botocore import exceptions as aws
 
-    where = endpoint() or "AWS S3"
+    where = _shown_endpoint()
     if isinstance(error, aws.ClientError):
         return _explain_answer(error, where)
     if isinstance(error, (aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound)):
@@ -207,7 +220,7 @@ def _explain_answer(error: Any, where: str) -> Fault:
         return Fault("E_NOT_FOUND", "no such object", None, transient=False)
     if code in _EXPIRED:
         return Fault("E_S3_EXPIRED", f"{where} says that the credentials have expired", "renew them", transient=False)
-    if code in _AUTH or status in (401, 403):
+    if code in _REFUSED or status in (401, 403):
         return Fault(
             "E_S3_AUTH",
             f"{where} refused {_identity()} ({code})",
