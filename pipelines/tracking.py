@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from models.errors import ConfigError
 from pipelines import console
@@ -101,7 +101,7 @@ def experiment_id(mlflow_client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         database = _database(uri)
         # MLflow's own default would be ./mlruns of whichever process comes first.
-        root = (database.parent / "artifacts" / quote(name, safe="")).as_uri() if database else None
+        root = str(database.parent / "artifacts" / re.sub(r"[^\w-]", "_", name)) if database else None
         try:
             return mlflow_client.create_experiment(name, artifact_location=root)
         except MlflowException:
