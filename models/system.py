@@ -110,7 +110,7 @@ class System(nn.Module):
         Config, Weights: frozen records; `Weights` has one field per loss term, which is what a search varies.
         generators: the networks that `translate` needs, hence what a bundle holds.
         value_range: of images at the input of the networks.
-        published_steps: optimiser steps of the published training, the default length of a run.
+        published_steps, published_batch: of the published training, the defaults of a run.
     """
 
     name: ClassVar[str]
@@ -120,6 +120,7 @@ class System(nn.Module):
     generators: ClassVar[tuple[str, ...]]
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     published_steps: ClassVar[int]
+    published_batch: ClassVar[int] = 1
 
     config: Any
     domains: tuple[str, ...]
