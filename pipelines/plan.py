@@ -114,7 +114,8 @@ class LanePlan:
     window_shards: int = 4
 
     def __post_init__(self) -> None:
-        assert self.rows_per_shard > 0 and self.window_shards > 0 and 0 <= self.lane < self.lanes, self
+        assert min(self.rows_per_shard, self.window_shards) > 0, self
+        assert 0 <= self.lane < self.lanes, self
         if self.total_rows < self.lanes:
             raise DataError(
                 f"stream '{self.stream}' has {self.total_rows} samples for {self.lanes} logical ranks",
