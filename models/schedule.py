@@ -6,9 +6,10 @@ A schedule maps `fraction` in [0, 1] to a factor. Expressing it in fractions mak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A function of the run's fraction in [0, 1]."""
 
