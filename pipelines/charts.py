@@ -17,8 +17,8 @@ MAIN, SECOND, BAD = "#0072b2", "#e69f00", "#c0392b"  # told apart by the colour-
 _DPI = 130
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
-    """One small plot a loss term: each logged value, and their running mean.
+def curves(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    """One small plot a quantity: each logged value, and their running mean.
 
     Args:
         records: lines of metrics.jsonl, flat, with `step`.

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines import charts, console
 
-_NOT_TERMS = {"step", "time_s", "images_per_s", "data_wait", "lr", "epoch", "wall_s", "images", "eta_s"}
+_NOT_TERMS = {"step", "time", "time_s", "images_per_s", "data_wait", "pause_s"}
 _MORE_IS_BETTER = ("psnr", "ssim", "retrieval")
 _GRIDS = 5
 _STYLE = """
@@ -151,9 +151,13 @@ def _samples(run: Path | None) -> str:
         return ""
     last = len(grids) - 1
     chosen = sorted({round(i * last / (_GRIDS - 1)) for i in range(_GRIDS)}, reverse=True)
-    figures = [_figure(grids[i].read_bytes(), f"after {_step_of(grids[i]):,} steps", None, True) for i in chosen]
+    figures = [_grid(grids[i], i == last) for i in chosen]
     lead = "The same inputs at each time, the latest first. Rows of a grid: input, output, and the way back."
     return _section("Samples during training", f'<p class="lead">{lead}</p>{"".join(figures)}')
+
+
+def _grid(path: Path, large: bool) -> str:
+    return _figure(path.read_bytes(), f"after {_step_of(path):,} steps", None if large else 430, False)
 
 
 def _scores(evaluation: Mapping[str, Any] | None) -> str:
@@ -191,7 +195,8 @@ def _scores(evaluation: Mapping[str, Any] | None) -> str:
 def _losses(records: list[dict[str, Any]]) -> str:
     if not records:
         return ""
-    names = [k for k, v in records[-1].items() if k not in _NOT_TERMS and isinstance(v, (int, float)) and "/" not in k]
+    training = [r for r in records if "images_per_s" in r]  # the other lines hold scores
+    names = _numeric(training)
     if not names:
         return ""
     speed = [r["images_per_s"] for r in records if isinstance(r.get("images_per_s"), (int, float))]
@@ -199,8 +204,17 @@ def _losses(records: list[dict[str, Any]]) -> str:
     note = f"Median speed {sorted(speed)[len(speed) // 2]:.0f} images/s. " if speed else ""
     note += f"Waiting for data: {100 * sum(wait) / len(wait):.1f} % of the time." if wait else ""
     caption = "Unweighted terms; thick: running mean. A loss tells who is winning, not how good the images are."
-    figure = _figure(charts.loss_curves(records, names), caption)
-    return _section("Loss terms", f'{figure}<p class="note">{_e(note)}</p>')
+    figure = _figure(charts.curves(training, names), caption)
+    evaluations = [r for r in records if "images_per_s" not in r]
+    scores = [name for name in _numeric(evaluations) if not name.endswith("_stderr")]
+    if scores:
+        figure += _figure(charts.curves(evaluations, scores), "Held-out scores during training.")
+    return _section("Curves", f'{figure}<p class="note">{_e(note)}</p>')
+
+
+def _numeric(records: list[dict[str, Any]]) -> list[str]:
+    found = {k: None for record in records for k, v in record.items() if isinstance(v, (int, float))}
+    return [name for name in found if name not in _NOT_TERMS]
 
 
 def _study(study: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> str:

@@ -83,6 +83,7 @@ def run(tmp_path):
     for step in range(0, 1100, 100):
         (tmp_path / f"run/samples/step-{step}.png").write_bytes(png(step // 10))
     lines = [{"step": s, "time_s": 1.0, "images_per_s": 50.0, "data_wait": 0.02, "cycle": 1 / s} for s in range(1, 40)]
+    lines.append({"step": 39, KID: 0.3})
     (tmp_path / "run/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4')
     return tmp_path / "run"
 
@@ -99,11 +100,11 @@ def test_write_report__everything(run, tmp_path):
         "One translation over HTTP",
         "Samples during training",
         "Held-out scores",
-        "Loss terms",
+        "Curves",
         "Search of the loss weights",
         "What was run",
     ]
-    assert len(page.images) == 2 + 5 + 1 + 2
+    assert len(page.images) == 2 + 5 + 2 + 2
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "after 1,000 steps" in text
     assert "after 0 steps" in text
@@ -129,7 +130,7 @@ def test_write_report__almost_nothing(tmp_path):
 
 def test_read_metrics__nested_terms_and_a_torn_line(run):
     records = read_metrics(run / "metrics.jsonl")
-    assert len(records) == 39
+    assert len(records) == 40
     (run / "metrics.jsonl").write_text('{"step": 1, "terms": {"cycle": 2.0}}\n')
     assert read_metrics(run / "metrics.jsonl") == [{"step": 1, "cycle": 2.0}]
 
