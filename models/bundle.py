@@ -316,7 +316,9 @@ def _read(directory: Path, name: str) -> bytes:
         return (directory / name).read_bytes()
     except OSError:
         if not directory.is_dir():
-            raise BundleError(f"{directory}: no such directory; a bundle was expected", code="E_BUNDLE_MISSING") from None
+            raise BundleError(
+                f"{directory}: no such directory; a bundle was expected", code="E_BUNDLE_MISSING"
+            ) from None
         message = f"{directory}: not a bundle: {name} is missing or cannot be read"
         raise BundleError(message, code="E_BUNDLE_MISSING") from None
 

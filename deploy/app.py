@@ -1,0 +1,387 @@
+"""The server on Ray Serve.
+
+    i2i serve --bundle runs/demo/bundle
+    serve run deploy.app:build_app bundles=runs/demo/bundle
+
+A gateway checks and reads requests; each model is a deployment of its own, which takes an image once, as the bytes that
+came, decodes it where it is batched, and answers with encoded bytes. Nothing happens at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.registry import default_tracking_uri, locate, sources
+from deploy.schemas import RETRY_AFTER_S, ServeArgs
+from models.errors import ConfigError, RequestError, StorageError
+
+APP = "i2i"
+TOKEN_VARIABLE = "I2I_SERVE_TOKEN"
+MIN_TOKEN_CHARACTERS = 16
+_PROXY_GRACE_S = 5.0
+_ROOM_FOR_FORM_BYTES = 64 * 1024
+logger = logging.getLogger("ray.serve")
+
+
+class Gateway:
+    """The HTTP side: `deploy.api` over handles of the models' deployments."""
+
+    def __init__(self, settings: dict[str, Any], token_sha256: str | None, handles: dict[str, Any]) -> None:
+        self.args = ServeArgs.parse(settings)
+        self.token_sha256, self.handles = token_sha256, handles
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Ray Serve in the replica, so that the app itself is never pickled."""
+        from deploy.api import Pool, make_api
+        from deploy.limits import Limits
+
+        # A form with two images may hold twice the bytes of one.
+        body = 2 * self.args.max_bytes + _ROOM_FOR_FORM_BYTES
+        limits = Limits(
+            token_sha256=self.token_sha256,
+            max_body_bytes=body,
+            max_buffered_bytes=max(512 * 1024**2, 4 * body),
+            timeout_s=self.args.timeout_s,
+            echo_request_id=False,  # Ray Serve's proxy does it
+        )
+        pool = Pool({name: RemoteModel(handle) for name, handle in self.handles.items()})
+        return make_api(pool, limits)
+
+
+class RemoteModel:
+    """A model's deployment as `deploy.api.Caller`."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    async def describe(self) -> dict[str, Any]:
+        """`ModelInfo` as JSON."""
+        return await self.handle.describe.remote()
+
+    async def translate(self, data: bytes, request: dict[str, Any], reference: bytes | None) -> dict[str, Any]:
+        """Pass on; a replica that dies under a request is replaced by another one, once."""
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import BackPressureError
+
+        from deploy.model import failure
+
+        for last in (False, True):
+            try:
+                return await self.handle.translate.remote(data, request, reference)
+            except BackPressureError:
+                hint = f"try again in {RETRY_AFTER_S} s"
+                return failure(RequestError("too many requests are waiting", code="E_QUEUE", hint=hint))
+            except RayActorError:
+                if last:
+                    logger.warning("a replica died under a request", exc_info=True)
+            except Exception:
+                logger.exception("a model did not answer")
+                break
+        hint = f"try again in {RETRY_AFTER_S} s"
+        return failure(RequestError("the model is not available now", code="E_UNAVAILABLE", hint=hint))
+
+
+def build_app(args: dict[str, Any]) -> Any:
+    """The Ray Serve application for settings as in `ServeArgs`; also the builder that serve.yaml names.
+
+    The token is read here, from the file `token_file` or the variable I2I_SERVE_TOKEN; only its digest goes further.
+
+    Raises:
+        ConfigError: settings that are wrong; a host beyond this machine without a token.
+    """
+    from ray import serve
+
+    from deploy.model import HostedModel
+
+    settings = ServeArgs.parse(dict(args))
+    token = read_token(settings)
+    if token is None and not _is_loopback(settings.host):
+        hint = f"set {TOKEN_VARIABLE}, or --token-file FILE, or bind to 127.0.0.1"
+        raise ConfigError(f"refusing to serve on {settings.host} without a token", code="E_TOKEN", hint=hint)
+    wanted = sources(settings)
+    plain = _plain(settings)
+    common = {
+        "max_surge_percent": 100,  # a new version is up before the old one goes
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": settings.timeout_s + _PROXY_GRACE_S,
+        "max_constructor_retry_count": 2,
+    }
+    gpus = _gpus_each(settings, len(wanted))
+    model = serve.deployment(
+        HostedModel,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=settings.max_ongoing,
+        max_queued_requests=settings.max_queued,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        ray_actor_options={"num_cpus": 0.5, **({"num_gpus": gpus} if gpus else {})},
+        **common,
+    )
+    handles = {s.name: model.options(name=f"model-{s.name}").bind(s.to_json(), plain) for s in wanted}
+    held = settings.replicas * settings.max_ongoing + settings.max_queued
+    gateway = serve.deployment(
+        serve.ingress()(Gateway),
+        name="gateway",
+        # Probes and refusals must find a place when all models are full.
+        max_ongoing_requests=len(wanted) * held + 64,
+        max_queued_requests=64,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        ray_actor_options={"num_cpus": 0.1},
+        **common,
+    )
+    digest = hashlib.sha256(token.encode()).hexdigest() if token else None
+    return gateway.bind(plain, digest, handles)
+
+
+def start(
+    models: Sequence[str] = (),
+    bundles: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    verbose: bool = False,
+    **settings: Any,
+) -> str:
+    """Start serving and come back when every model is ready.
+
+    Args:
+        models: NAME@ALIAS of the registry.
+        bundles: directories or URIs, or NAME=URI.
+        port: 0 takes a free one.
+        settings: other fields of `ServeArgs`.
+
+    Returns:
+        The base URL, such as http://127.0.0.1:8000.
+
+    Raises:
+        ConfigError: settings that are wrong, a port in use.
+        BundleError: a bundle or a registered model that cannot be served.
+    """
+    asked = {**settings, "models": tuple(models), "bundles": tuple(bundles), "host": host}
+    args = ServeArgs.parse({name: value for name, value in asked.items() if value is not None})
+    if args.models and args.tracking_uri is None and "@" not in default_tracking_uri().split("?")[0]:
+        # Replicas run elsewhere; an address with a password in it stays in the environment.
+        args = args.model_copy(update={"tracking_uri": default_tracking_uri()})
+    port = check_port(host, port)
+    for source in sources(args):
+        locate(source, args.cache, args.tracking_uri)  # the user's mistakes, before a cluster is started
+
+    from pipelines.cluster import connect
+
+    connect(verbose=verbose)
+    application = build_app(args.model_dump(mode="json"))
+    _start_serve(application, args, port, verbose)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}"
+    _wait_ready(url, args)
+    return url
+
+
+def stop() -> None:
+    """Stop serving; Ray itself stays as it is. Nothing happens where nothing is served."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        with _quiet():
+            serve.shutdown()
+
+
+def run(
+    models: Sequence[str] = (),
+    bundles: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    verbose: bool = False,
+    on_ready: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> int:
+    """Serve until SIGINT or SIGTERM; see `start` for the arguments.
+
+    Args:
+        on_ready: called with the base URL; by default the URL is shown on stderr.
+
+    Returns:
+        The exit status: 0 after SIGINT, 143 after SIGTERM.
+    """
+    from pipelines.console import say
+
+    ended = threading.Event()
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        ended.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        url = start(models, bundles, host, port, verbose, **settings)
+        if not ended.is_set():
+            (on_ready or (lambda address: say(f"serving on {address} (Ctrl-C ends it)")))(url)
+        ended.wait()
+        say("stopping")
+    finally:
+        stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 143 if received[0] == signal.SIGTERM else 0
+
+
+def read_token(args: ServeArgs) -> str | None:
+    """The token that callers must bring, or None.
+
+    Raises:
+        ConfigError: a token file that cannot be read or is empty, or a token that is too short.
+    """
+    if args.token_file is not None:
+        where = f"token file {args.token_file}"
+        try:
+            token = Path(args.token_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where} cannot be read", hint=str(getattr(error, "strerror", "not text"))) from None
+    else:
+        where = TOKEN_VARIABLE
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            return None
+    if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or any(c.isspace() for c in token):
+        hint = f"at least {MIN_TOKEN_CHARACTERS} ASCII characters without spaces, such as `openssl rand -hex 32` prints"
+        raise ConfigError(f"{where} holds no usable token", code="E_TOKEN", hint=hint)
+    return token
+
+
+def check_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0.
+
+    Raises:
+        ConfigError: it is in use, out of range, or cannot be bound.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} is out of range", code="E_PORT", hint="1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+        except PermissionError:
+            hint = "ports below 1024 need root: choose another with --port"
+            raise ConfigError(f"port {port} on {host} is not permitted", code="E_PORT", hint=hint) from None
+        except socket.gaierror:
+            raise ConfigError(f"unknown host '{host}'", code="E_HOST", hint="give an address with --host") from None
+        except OSError as error:
+            if error.errno == 98:
+                message = f"port {port} on {host} is in use: choose another with --port"
+                raise ConfigError(message, code="E_PORT") from None
+            raise ConfigError(f"cannot bind to {host}:{port}: {error.strerror}", code="E_PORT") from None
+
+
+def _start_serve(application: Any, args: ServeArgs, port: int, verbose: bool) -> None:
+    from ray import serve
+
+    options = {
+        "host": args.host,
+        "port": port,
+        # Ours, in deploy.limits, comes first and cannot be switched off by a client as this one can.
+        "request_timeout_s": args.timeout_s + _PROXY_GRACE_S,
+    }
+    logs = {"enable_access_log": True, "log_level": "INFO" if verbose else "WARNING"}
+    with contextlib.nullcontext() if verbose else _quiet():
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logs)
+            serve.run(application, name=APP, route_prefix="/", logging_config=logs)
+        except (RuntimeError, TimeoutError) as error:
+            reason = _reason()
+            stop()
+            raise StorageError(f"serving did not start: {reason or error}", code="E_SERVE") from None
+
+
+def _reason() -> str:
+    """The last line of what Ray Serve knows of a deployment that failed."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    for deployment in application.deployments.values() if application else ():
+        if "FAILED" in str(deployment.status) or "UNHEALTHY" in str(deployment.status):
+            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+            named = [line for line in lines if "Error: " in line]
+            return (named or lines or [""])[-1]
+    return ""
+
+
+def _wait_ready(url: str, args: ServeArgs, patience_s: float = 120.0) -> None:
+    """Until /readyz answers 200."""
+    import json
+    import time
+    import urllib.error
+    import urllib.request
+
+    token = read_token(args)
+    request = urllib.request.Request(f"{url}/readyz", headers={"Authorization": f"Bearer {token}"} if token else {})
+    # Requests to this machine go to no proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline, seen = time.monotonic() + patience_s, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with opener.open(request, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            with contextlib.suppress(ValueError):
+                seen = str(json.loads(error.read()).get("models") or f"status {error.code}")
+            error.close()
+        except OSError as error:
+            seen = str(error)
+        time.sleep(0.1)
+    stop()
+    raise StorageError(f"the server at {url} was not ready within {patience_s:g} s: {seen}", code="E_SERVE")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Ray Serve sets the level of its own logger whenever it starts something."""
+    handlers = [(handler, handler.level) for handler in logger.handlers]
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        logger.setLevel(level)
+        for handler, old in handlers:
+            handler.setLevel(old)
+
+
+def _plain(settings: ServeArgs) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def _gpus_each(settings: ServeArgs, num_models: int) -> float:
+    """Share of a GPU for each replica; 0 where the CPU is used."""
+    if settings.device == "cpu":
+        return 0.0
+    import ray
+
+    available = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+    if not available:
+        if settings.device == "cuda":
+            raise ConfigError("device=cuda: the cluster has no GPU", hint="use --cpu")
+        return 0.0
+    return min(1.0, int(100 * available / (num_models * settings.replicas)) / 100)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
