@@ -169,6 +169,10 @@ class Store:
         """(path, bytes) of every object below the directory `prefix`, sorted; empty where there is none."""
         return sorted(self._retry("list", prefix, lambda: self._backend.list(prefix.strip("/"))))
 
+    def folders(self, prefix: str = "") -> list[str]:
+        """Names of the directories directly below `prefix`, empty ones too where the store knows them."""
+        return sorted(self._retry("list", prefix, lambda: self._backend.folders(prefix.strip("/"))))
+
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens where there is none."""
         self._retry("delete", path, lambda: self._backend.delete(path))
@@ -247,6 +251,12 @@ class _Local:
         found: list[tuple[str, int]] = []
         _walk(str(self.root / prefix) if prefix else str(self.root), prefix, (), found)
         return found
+
+    def folders(self, prefix: str) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

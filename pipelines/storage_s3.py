@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class S3:
             if error.response["Error"]["Code"] not in ("404", "NoSuchKey", "NotFound"):
                 raise
         # HEAD has no body, so a missing bucket looks like a missing key: ask again in a way that tells.
-        self._page(self._key(path), None, 1)
+        next(self._pages(self._key(path), MaxKeys=1))
         return None
 
     def write(self, path: str, data: bytes) -> None:
@@ -155,20 +156,23 @@ class S3:
         """(path, bytes) of all objects below a directory."""
         base = self._key(prefix)
         cut = len(self.prefix) + 1 if self.prefix else 0
-        found: list[tuple[str, int]] = []
-        token: str | None = None
-        while True:
-            answer = self._page(f"{base}/" if base else "", token, 1000)
-            for item in answer.get("Contents", ()):
-                if not item["Key"].endswith("/"):
-                    found.append((item["Key"][cut:], item["Size"]))
-            token = answer.get("NextContinuationToken")
-            if not answer.get("IsTruncated") or not token:
-                return found
+        items = (item for page in self._pages(f"{base}/" if base else "") for item in page.get("Contents", ()))
+        return [(item["Key"][cut:], item["Size"]) for item in items if not item["Key"].endswith("/")]
 
-    def _page(self, prefix: str, token: str | None, count: int) -> dict[str, Any]:
-        more = {"ContinuationToken": token} if token else {}
-        return _client().list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=count, **more)
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the directories directly below a directory."""
+        base = self._key(prefix)
+        pages = self._pages(f"{base}/" if base else "", Delimiter="/")
+        found = (item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ()))
+        return [name.rstrip("/").rpartition("/")[2] for name in found]
+
+    def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
+        while True:
+            page = _client().list_objects_v2(Bucket=self.bucket, Prefix=prefix, **options)
+            yield page
+            if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, path: str) -> None:
         """Delete an object, if it is there."""
