@@ -10,6 +10,7 @@ The engine knows no system by name. It never waits for the device: loss terms an
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -234,9 +235,16 @@ class Engine:
                 images = pools.get(v, {}).get(f"{name}.images")
                 pool.load_state_dict({} if images is None else {"images": images.to(self.device)})
 
-    def generator_networks(self) -> dict[str, nn.Module]:
-        """What `translate` should use: the averaged generators where there is an EMA, else the live ones."""
-        return self.ema or {n: self.system.networks[n] for n in self.system.generators}
+    def inference_system(self) -> System:
+        """The system in evaluation mode, with the averaged generators where there is an EMA; shares memory with training.
+
+        The next `step` goes back to training mode by itself.
+        """
+        system = self.system
+        if self.ema:
+            system = copy.copy(system)
+            system._modules = {**self.system._modules, **self.ema}
+        return system.eval()
 
 
 def _adam(system: System, spec: Any) -> torch.optim.Adam:
@@ -250,8 +258,6 @@ def _check_names(phase: Phase, terms: Mapping[str, Tensor], active: frozenset[st
 
 
 def _frozen_copy(network: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(network).requires_grad_(False).eval()
 
 

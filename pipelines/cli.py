@@ -1,0 +1,399 @@
+"""The `i2i` command.
+
+Results go to stdout (with `--json` as one JSON document), messages and progress to stderr. Exit status: 0 done, 2 the user's
+mistake, 1 a failure of ours, 143 after SIGTERM. Everything heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from models.errors import ConfigError, I2IError, UserError
+
+app = typer.Typer(
+    help="Image-to-image translation at scale: from images in a bucket to a served generator.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Settings = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, such as weights.cycle=5. Repeatable."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines.")]
+
+
+@app.command()
+def demo(
+    keep_serving: Annotated[bool, typer.Option(help="Leave the trained model served until Ctrl-C.")] = False,
+    out: Annotated[Optional[str], typer.Option(help="Directory for everything it makes.")] = None,
+) -> None:
+    """The whole pipeline on embedded data, in minutes on a laptop."""
+    from pipelines.demo import run_demo
+
+    report = run_demo(out=out, keep_serving=keep_serving)
+    print(report)
+
+
+@app.command()
+def prepare(
+    src: Annotated[str, typer.Argument(help="Folder of images, local or s3://.")],
+    dest: Annotated[str, typer.Argument(help="Dataset to write, local or s3://.")],
+    layout: Annotated[str, typer.Option(help="auto, domains, paired or side-by-side.")] = "auto",
+    select: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="DOMAIN=FILE", help="Train only on the keys listed in FILE, one a line. Repeatable."),
+    ] = None,
+    val: Annotated[float, typer.Option(help="Share of the images for validation, where no folder says so.")] = 0.05,
+    test: Annotated[float, typer.Option(help="Share of the images for the test split, likewise.")] = 0.1,
+    group: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Images whose keys match alike stay in one split.")
+    ] = None,
+    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Shrink or enlarge to this side.")] = None,
+    max_bad: Annotated[float, typer.Option(help="Share of unusable images that is put up with.")] = 0.01,
+    licence: Annotated[Optional[str], typer.Option(help="Licence of the images; recorded with the data.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn folders of images into a dataset of verified shards."""
+    from pipelines import cluster
+    from pipelines.prepare import prepare as run
+
+    cluster.connect(verbose=verbose)
+    result = run(
+        src,
+        dest,
+        layout=layout,
+        select=_pairs(select or [], "--select"),
+        val=val,
+        test=test,
+        group=group,
+        size=size,
+        max_bad=max_bad,
+        licence=licence,
+    )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    for domain, splits in result.domains.items():
+        print(f"{domain}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
+    if result.quarantined:
+        print(f"{result.quarantined} unusable, listed in {result.report}")
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(help="Dataset written by prepare, local or s3://.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check the digest of every shard.")] = False,
+    sheet: Annotated[Optional[Path], typer.Option(metavar="FILE.png", help="Write a contact sheet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a dataset holds."""
+    from pipelines.inspect import describe, inspect_dataset
+
+    report = inspect_dataset(dataset, verify=verify, sheet=sheet)
+    _print_json(report) if as_json else print(describe(report))
+
+
+@app.command()
+def train(
+    system: Annotated[str, typer.Argument(help="Name of a system, such as cyclegan.")],
+    data: Annotated[Optional[str], typer.Option(metavar="URI", help="Dataset written by prepare.")] = None,
+    domains: Annotated[Optional[str], typer.Option(metavar="A,B", help="Domains in order.")] = None,
+    out: Annotated[Optional[str], typer.Option(metavar="URI", help="Run directory, local or s3://.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Length of the run; default as published.")] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Samples a step, over all workers.")] = None,
+    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Side of the training images.")] = None,
+    workers: Annotated[Optional[int], typer.Option(help="Training processes; 0: in this one, without Ray.")] = None,
+    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Default: drawn, printed and stored.")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; default: what the hardware does fast.")] = None,
+    deterministic: Annotated[Optional[bool], typer.Option("--deterministic", help="Bit-exact also on CUDA.")] = None,
+    config: Annotated[Optional[str], typer.Option(metavar="FILE", help="A run.yaml to start from.")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on with another number of --steps.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run; needs no data.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a system on a dataset."""
+    from pipelines.config import load_document, merge, parse_settings
+
+    named = {
+        "name": system,
+        "out": out,
+        "data": {"uri": data, "domains": tuple(domains.split(",")) if domains else None},
+        "system": {"size": size},
+        "train": {
+            "steps": steps,
+            "batch": batch,
+            "workers": workers,
+            "gpu": gpu,
+            "seed": seed,
+            "precision": precision,
+            "deterministic": deterministic,
+        },
+    }
+    base = load_document(Path(config).read_bytes()) if config and _is_file(config) else {}
+    options = merge(merge(merge({}, base), parse_settings(settings or [])), named)
+    if dry_run:
+        _dry_run(options, as_json)
+        return
+    _train(options, resume, extend, as_json, verbose)
+
+
+def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, verbose: bool) -> None:
+    from models import system_class
+    from pipelines import console
+    from pipelines.train import plan_run
+    from pipelines.train import train as run
+
+    system_class(options["name"])
+    if not (resume or extend):
+        if not options["data"].get("uri"):
+            raise ConfigError("no dataset was named", hint="give --data URI")
+        options.setdefault("out", f"runs/{options['name']}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        options["train"].setdefault("gpu", _has_gpu())
+    elif not options.get("out"):
+        raise ConfigError("--resume needs the run directory", hint="give --out")
+    resolved = plan_run(options, resume=resume, extend=extend)
+    console.say(f"{resolved.name} for {resolved.train.steps} steps, seed {resolved.train.seed}, into {resolved.out}")
+    if resolved.train.workers:
+        from pipelines import cluster
+
+        cluster.connect(verbose=verbose)
+    result = run(resolved)
+    if as_json:
+        _print_json(result.to_json())
+    elif result.finished:
+        print(result.bundle)
+    if not result.finished:
+        raise SystemExit(143)
+
+
+def _dry_run(options: dict[str, Any], as_json: bool) -> None:
+    from pipelines.dryrun import describe, dry_run
+
+    report = dry_run(options)
+    _print_json(report) if as_json else print(describe(report))
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="Bundle, or run directory, local or s3://.")],
+    data: Annotated[str, typer.Option(metavar="URI", help="Dataset written by prepare.")],
+    split: Annotated[Optional[str], typer.Option(help="Default: test where it exists, else val.")] = None,
+    metrics: Annotated[Optional[str], typer.Option(metavar="A,B", help="Default: all that apply.")] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAME[:URI]", help="random_v1, inception:URI or dinov2:URI.")
+    ] = "random_v1",
+    source: Annotated[Optional[str], typer.Option(help="Domain to translate from.")] = None,
+    to: Annotated[Optional[str], typer.Option(help="Domain to translate to.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Use at most this many images.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random baseline and subsets.")] = 0,
+    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle on held-out images, beside doing nothing and real images."""
+    from pipelines.evaluate import describe
+    from pipelines.evaluate import evaluate as run
+
+    use_gpu = _has_gpu() if gpu is None else gpu
+    result = run(
+        bundle,
+        data,
+        split=split,
+        metrics=metrics.split(",") if metrics else None,
+        features=features,
+        source=source,
+        to=to,
+        limit=limit,
+        seed=seed,
+        device="cuda" if use_gpu else "cpu",
+    )
+    _print_json(result.to_json()) if as_json else print(describe(result))
+
+
+@app.command()
+def tune(
+    system: Annotated[str, typer.Argument(help="Name of a system, such as cyclegan.")],
+    data: Annotated[str, typer.Option(metavar="URI", help="Dataset written by prepare.")],
+    domains: Annotated[Optional[str], typer.Option(metavar="A,B", help="Domains in order.")] = None,
+    out: Annotated[Optional[str], typer.Option(metavar="DIR", help="Study directory.")] = None,
+    trials: Annotated[int, typer.Option(help="How many weightings are tried.")] = 16,
+    steps: Annotated[int, typer.Option(help="Longest trial.")] = 1000,
+    batch: Annotated[Optional[int], typer.Option(help="Samples a step.")] = None,
+    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Side of the training images.")] = None,
+    search: Annotated[str, typer.Option(help="random or optuna.")] = "random",
+    objective: Annotated[Optional[str], typer.Option(help="Held-out metric; default: of the tune space.")] = None,
+    concurrent: Annotated[Optional[int], typer.Option(help="Trials at a time; default: one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the search and of every trial.")] = 0,
+    settings: Settings = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search the loss weights of a system on a held-out metric."""
+    from pipelines import cluster
+    from pipelines.config import merge, parse_settings, resolve
+    from pipelines.tune import describe
+    from pipelines.tune import tune as run
+
+    named = {
+        "name": system,
+        "out": out or f"runs/tune-{system}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}",
+        "data": {"uri": data, "domains": tuple(domains.split(",")) if domains else None},
+        "system": {"size": size},
+        "train": {"steps": steps, "batch": batch, "workers": 0, "seed": seed, "gpu": _has_gpu()},
+    }
+    config = resolve(merge(parse_settings(settings or []), named))
+    cluster.connect(verbose=verbose)
+    result = run(config, trials=trials, search=search, objective=objective, concurrent=concurrent)
+    _print_json(result.to_json()) if as_json else print(describe(result))
+
+
+@app.command()
+def promote(
+    source: Annotated[str, typer.Argument(help="Run, study or bundle directory.")],
+    name: Annotated[str, typer.Option(help="Name of the registered model.")],
+    alias: Annotated[str, typer.Option(help="Alias that will point to the new version.")] = "champion",
+    force: Annotated[bool, typer.Option("--force", help="Also where it scores below what the alias points to.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a bundle in MLflow and point an alias at it."""
+    from pipelines.promote import promote as run
+
+    result = run(source, name, alias=alias, force=force)
+    _print_json(result.to_json()) if as_json else print(f"{result.model} version {result.version} is {result.alias}")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME@ALIAS", help="Registered model. Repeatable.")
+    ] = None,
+    bundle: Annotated[Optional[list[str]], typer.Option(metavar="DIR", help="Bundle directory. Repeatable.")] = None,
+    host: Annotated[str, typer.Option(help="Beyond 127.0.0.1 only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the HTTP server.")] = 8000,
+    token_file: Annotated[Optional[Path], typer.Option(help="File with the token callers must send.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve models over HTTP, with a page to try them on."""
+    from deploy.app import run
+    from pipelines import cluster
+
+    cluster.connect(verbose=verbose)
+    raise SystemExit(run(models=model or [], bundles=bundle or [], host=host, port=port, token_file=token_file))
+
+
+@app.command()
+def translate(
+    bundle: Annotated[str, typer.Argument(help="Bundle, or run directory, local or s3://.")],
+    src: Annotated[str, typer.Argument(help="Folder of images, local or s3://.")],
+    dest: Annotated[str, typer.Argument(help="Where translations go; names are kept.")],
+    to: Annotated[Optional[str], typer.Option(help="Target domain.")] = None,
+    source: Annotated[Optional[str], typer.Option(help="Source domain.")] = None,
+    workers: Annotated[int, typer.Option(help="Translating processes.")] = 1,
+    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out images that are translated already.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Translate every image below a folder or prefix."""
+    from models.system import Condition
+    from pipelines import cluster
+    from pipelines.translate import translate as run
+
+    cluster.connect(verbose=verbose)
+    use_gpu = _has_gpu() if gpu is None else gpu
+    condition = Condition(to=to, source=source)
+    result = run(bundle, src, dest, condition, workers=workers, resume=resume, gpu=use_gpu)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print(f"{result.done} translated, {result.failed} failed" + (f", see {result.report}" if result.failed else ""))
+    if result.failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def doctor(
+    data: Annotated[Optional[str], typer.Option(metavar="URI", help="Also try to read this dataset.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what works on this machine."""
+    from dataclasses import asdict
+
+    from pipelines.doctor import doctor as run
+    from pipelines.doctor import failed, render
+
+    checks = run(data)
+    _print_json([asdict(check) for check in checks]) if as_json else print(render(checks))
+    if failed(checks):
+        raise SystemExit(1)
+
+
+def main() -> NoReturn:
+    """Entry point: errors become one line and an exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _exit(f"error: {error}", 2)
+    except I2IError as error:
+        _exit(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except Exception as error:
+        # Typer vendors click: its usage errors are known by what they offer, not by a class we could import.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _exit(f"error: {error.format_message()}; see `i2i --help`", 2)
+        raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    from pipelines import console
+
+    console.say(message)
+    sys.exit(status)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def _pairs(given: list[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{option} {item}: not of the form DOMAIN=FILE")
+        pairs[name] = value
+    return pairs
+
+
+def _is_file(path: str) -> bool:
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such file")
+    return True
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()
