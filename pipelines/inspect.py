@@ -30,7 +30,8 @@ def inspect_dataset(uri: str, verify: bool = False, sheet: str | None = None) ->
         sheet: write a contact sheet (PNG) there: a row of images for each domain and split; aligned ones in columns.
 
     Returns:
-        uri, digest, domains, rows_per_shard, size, licence, provenance; `splits`: split → domain → count, shards, bytes;
+        uri, digest, domains, rows_per_shard, size, image, licence, provenance;
+        `splits`: split → domain → count, shards, bytes;
         `aligned`: split → pairs of domains with the same keys; `sizes`: domain → the image sizes of a few samples;
         `quarantined`; `verified_shards` and `verified_images` (0 without `verify`); `sheet`.
 

@@ -1,8 +1,8 @@
 """Images → shards, a Ray Data job: `i2i prepare photos/ s3://bucket/dataset --size 256`.
 
-Two passes over the source. The first decodes every file and brings back facts only, so that splits, alignment and the
-size of shards are known before anything is written. The second reads again and writes shards. `manifest.json` comes last:
-a run that was killed leaves no dataset that lies. The same input gives the same bytes, and shards already there are kept.
+Two passes over the source. The first decodes every file and brings back facts only: splits, alignment and the size of
+shards are known before anything is written. The second reads again and writes shards. `manifest.json` comes last, so a
+run that was killed leaves no dataset that lies. The same input gives the same bytes; shards already there are kept.
 """
 
 from __future__ import annotations
@@ -303,6 +303,7 @@ def _map(function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> It
     """Run `function(**task)` for each task by Ray Data; yield the results as they come, in any order."""
     import ray
     from ray.data import TaskPoolStrategy
+    from ray.exceptions import RayError
 
     local = "RAY_ADDRESS" not in os.environ
     cpus = (os.cpu_count() or 1) if local else int(ray.cluster_resources().get("CPU", 1))
@@ -311,7 +312,7 @@ def _map(function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> It
         # `max_retries` has no other way in yet; without it a task whose worker dies is tried for ever.
         python_warnings.simplefilter("ignore")
         dataset = ray.data.from_arrow(blocks).map_batches(
-            _run_tasks,
+            _run_tasks,  # pyright: ignore[reportArgumentType]
             fn_args=[function.__name__],
             batch_size=None,
             batch_format="pyarrow",
@@ -325,12 +326,12 @@ def _map(function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> It
     logger.setLevel(logging.CRITICAL)
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in block["result"].to_pylist():
+            for text in block["result"].to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
                 answer = json.loads(text)
                 if "error" in answer:
                     raise _rebuild(*answer["error"])
                 yield answer["value"]
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise StorageError(
             f"a worker died while it was {_DOING[function.__name__]} ({type(error).__name__}), three times",
             code="E_IMG_DECODER",

@@ -55,7 +55,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset holds. `splits[split][domain]` = {"count", "shards", "keys_sha256"}; `size` is the common (h, w)."""
+    """What a dataset holds. `splits[split][domain]` = {"count", "shards", "keys_sha256"}; `size` = common (h, w) or None."""
 
     rows_per_shard: int
     domains: tuple[str, ...]
@@ -203,7 +203,7 @@ def _damaged(store: Store, what: str) -> DataError:
 
 def read_shard(raw: bytes) -> pa.Table:
     """The rows of a shard: columns `key` and `image`. Row groups of 64 are kept as chunks."""
-    return pq.read_table(pa.BufferReader(raw), columns=["key", "image"], use_threads=False, partitioning=None)
+    return pq.ParquetFile(pa.BufferReader(raw)).read(columns=["key", "image"], use_threads=False)
 
 
 def write_shard(keys: Sequence[str], images: Sequence[bytes]) -> bytes:
@@ -214,7 +214,7 @@ def write_shard(keys: Sequence[str], images: Sequence[bytes]) -> bytes:
 
 def read_index(raw: bytes) -> list[ShardInfo]:
     """The rows of index.parquet."""
-    return [ShardInfo(**row) for row in pq.read_table(pa.BufferReader(raw), use_threads=False).to_pylist()]
+    return [ShardInfo(**row) for row in pq.ParquetFile(pa.BufferReader(raw)).read(use_threads=False).to_pylist()]
 
 
 def write_index(shards: Iterable[ShardInfo]) -> bytes:

@@ -185,12 +185,10 @@ class Store:
             attempt += 1
             try:
                 return call()
-            except OSError as error:
-                if self.is_local:
-                    raise _local_error(verb, self.join(path), error) from error
-                fault = storage_s3.explain(error)
             except Exception as error:
                 if self.is_local:
+                    if isinstance(error, OSError):
+                        raise _local_error(verb, self.join(path), error) from error
                     raise
                 fault = storage_s3.explain(error)
                 if fault is None:

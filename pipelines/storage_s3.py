@@ -57,7 +57,7 @@ def _client() -> Any:
 
 
 def _new_client() -> Any:
-    import boto3
+    from boto3.session import Session
     from botocore.config import Config
 
     url = endpoint()
@@ -76,7 +76,7 @@ def _new_client() -> Any:
         retries={"total_max_attempts": 1, "mode": "standard"},  # pipelines.storage retries, with one budget
         **options,
     )
-    session = boto3.session.Session()
+    session = Session()
     try:
         return session.client("s3", endpoint_url=url, config=config, region_name=session.region_name or "us-east-1")
     except ValueError as error:
