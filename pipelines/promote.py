@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class PromoteResult:
     bundle: str
     weights_sha256: str
     replaced: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result of `i2i promote --json`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
