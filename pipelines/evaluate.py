@@ -2,7 +2,7 @@
 
     i2i evaluate runs/cyclegan-…/bundle --data data/letters
 
-One process on one machine: a few hundred to two thousand images are minutes at most, less than a cluster takes to start.
+One process on one machine: a few hundred to two thousand images take seconds to minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.system import Condition, System
 from models.translator import Translator
 from pipelines.grid import to_pixels, to_tensor
 from pipelines.metrics.direction import METRICS, Direction, Translate, check_metrics, flat, score_generator
-from pipelines.metrics.features import Extractor, load_extractor
+from pipelines.metrics.features import load_extractor
 from pipelines.metrics.heldout import choose_split, load_directions, protocol
 from pipelines.shards import Dataset, open_dataset
 from pipelines.storage import Store, parse_uri
@@ -125,8 +125,9 @@ def evaluate(
 
 
 class Evaluator:
-    """What `train_loop(evaluate=…)` calls: (steps done, system) → flat scores. Images, features and baselines are read at
-    the first call, once.
+    """What `train_loop(evaluate=…)` calls: (steps done, system) → flat scores.
+
+    Images, features and baselines are read once, at the first call.
 
     Args:
         split: "val" by default: what is chosen by looking at "test" cannot be judged by it.

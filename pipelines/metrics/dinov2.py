@@ -97,8 +97,8 @@ class VisionTransformer(nn.Module):
         return self.norm(x)[:, 0]
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Position embeddings for a grid of patches. The published code resamples by a factor that is off by 0.1 patch in
-        the models without registers; the weights are used here as there."""
+        """Position embeddings for a grid of patches, resampled as in the published code: for models without registers
+        by a factor that is 0.1 patch too large."""
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (rows, columns) == (side, side):
             return self.pos_embed

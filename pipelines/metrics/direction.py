@@ -1,7 +1,7 @@
 """Scores of one direction (source → to): outputs, beside what doing nothing and real images would score.
 
-A `Direction` holds all that does not depend on the generator, baselines included, so that a search or a training loop pays
-for it once and then only for the outputs. `score_generator` does the rest; it needs no Ray and no file.
+A `Direction` holds all that does not depend on the generator, baselines included, so that a search or a training loop
+pays for it once and then only for the outputs. `score_generator` does the rest; it needs no Ray and no file.
 
 Names of scores: `kid_<extractor>` and `frechet_<extractor>` compare with the target's training images, without pairs;
 `l1`, `psnr`, `ssim`, `retrieval_top1` compare with the true image of each source and exist on aligned splits only.
@@ -203,8 +203,11 @@ def score_generator(translate: Translate, directions: Sequence[Direction], batch
 
 
 def flat(results: dict[str, Any], primary: str | None = None) -> dict[str, float]:
-    """Results of `score_generator` as plain metrics for a log or a search: the scores of the primary direction (the first
-    by default) by name, its ratios as `<name>_ratio`, and those of every other direction as `<direction>/<name>`."""
+    """Results of `score_generator` as plain metrics for a log or a search.
+
+    The scores of the primary direction (the first by default) by name, its ratios as `<name>_ratio`; those of every
+    other direction as `<direction>/<name>`.
+    """
     primary = primary or next(iter(results))
     found: dict[str, float] = {}
     for direction, result in results.items():

@@ -71,7 +71,7 @@ class Extractor:
             "extractor": self.name,
             "weights_sha256": self.digest,
             "images": self.protocol,
-            "standardised": self.standardised,
+            "standardised": "by the reference, bounded to (-3, 3)" if self.standardised else "no",
         }
 
 
@@ -90,7 +90,7 @@ class RandomV1(Extractor):
     from each channel of the first 16 filters, which makes them blind to flat colour; rows made orthonormal by modified
     Gram-Schmidt, first to last, in float64; rounded to 5 decimals; cast to float32. Normal numbers: Box-Muller (cosine
     for one, sine for the next) from 53-bit uniforms of numpy's PCG64(1) raw stream, one stream for the three layers.
-    The 16 contrast filters and the deviations answer to strokes and edges; the others, and the means, to tone and colour.
+    The contrast filters and the deviations answer to strokes and edges; the others, and the means, to tone and colour.
 
     What it is good for: telling which of two sets is nearer to a third, within one dataset. Its values mean nothing
     across datasets and are not comparable with Inception scores. Any change of the above is `random_v2`.
@@ -99,6 +99,7 @@ class RandomV1(Extractor):
     name = "random_v1"
     standardised = True
     protocol = "64 x 64 px, area averages; values in [-1, 1]"
+    batch = 16  # of 64 px: what stays in the cache of a core is twice as fast
     SIZE, SEED, CONTRAST_FILTERS = 64, 1, 16
     LAYERS = ((3, 32, 5), (32, 64, 3), (64, 128, 3))
 
@@ -137,7 +138,7 @@ def random_v1_weights() -> list[np.ndarray]:
 
 
 class _Normals:
-    """Normal numbers from the raw stream of a bit generator, which numpy keeps stable (its own normals it may change)."""
+    """Normal numbers from the raw stream of a bit generator: that numpy keeps stable, its own normals it may change."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.PCG64(seed)

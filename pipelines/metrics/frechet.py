@@ -2,11 +2,11 @@
 
     d = |μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^½)
 
-Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule", Eq. 6. Covariances are the plain unbiased ones,
-nothing is added to their diagonals. With A = Σ2^½, tr (Σ1 Σ2)^½ = tr (A Σ1 A)^½: every matrix is symmetric, and float64
-eigenvalues are all that is needed. The estimate is biased upwards when images are few: compare only scores with the same
-counts, which the protocol of a score states. With fewer images than features a covariance is singular; the distance is
-still defined.
+Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule", Eq. 6. Covariances are the plain unbiased
+ones, nothing is added to their diagonals. With A = Σ2^½, tr (Σ1 Σ2)^½ = tr (A Σ1 A)^½: every matrix is symmetric, and
+float64 eigenvalues are all that is needed. The estimate is biased upwards when images are few: compare only scores with
+the same counts, which the protocol of a score states. With fewer images than features a covariance is singular; the
+distance is still defined.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from pipelines.reader import iterate_split
 from pipelines.shards import Dataset
 
 MAX_REFERENCE = MAX_HELD_OUT = 2000
-MIN_IMAGES = 4
+# KID needs three images on each side, also where half of the reference stands for random ones.
+MIN_IMAGES = 6
 SPLITS = ("test", "val")
 
 # References of this process, the last few: trials and repeated evaluations share them.

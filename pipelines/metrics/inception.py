@@ -1,8 +1,8 @@
 """Inception-v3 up to its pooled 2,048 features, in the names and layout of torchvision's weights.
 
 Source: Szegedy et al. 2016, "Rethinking the Inception architecture"; layer names of torchvision's `inception_v3`, whose
-weights file this reads. Protocol of StarGAN v2's evaluation: 256 px, then 299 px, ImageNet mean and deviation. Scores differ
-from those of the TensorFlow graph that the first FID papers used.
+weights file this reads. Protocol of StarGAN v2's evaluation: 256 px, then 299 px, ImageNet mean and deviation. Scores
+differ from those of the TensorFlow graph that the first FID papers used.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Kernel inception distance: the squared maximum mean discrepancy between two sets of features, unbiased, with its error.
+"""Kernel inception distance: squared maximum mean discrepancy of two sets of features, unbiased, with its error.
 
     KID(X, Y) = mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 · mean over i, j of k(x_i, y_j)
     k(x, y)   = (x·y / d + 1)³                                                  d: number of features
 
 Source: Binkowski et al. 2018, "Demystifying MMD GANs", §4. They average this over 100 random subsets of the images; the
-mean over *all* subsets is the same expression on all images, which is what is computed here. So nothing is drawn at random,
-and no subset size belongs to the protocol. The standard error is the jackknife's (leave one image of either set out).
+mean over *all* subsets is the same expression on all images, which is what is computed here. So nothing is drawn at
+random, and no subset size belongs to the protocol. The standard error is the jackknife's: leave out one image of either
+set. (The spread over subsets that papers print is not an error of the mean.)
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def _jackknife(a: np.ndarray, b: np.ndarray) -> float:
 def kid_ratio(a: KidResult, b: KidResult) -> Estimate | None:
     """max(KID a, 0) / max(KID b, 0) with its standard error by the delta method; None where b is not above 0.
 
-    Meant for outputs (a) against doing nothing (b), made of the same source images: what the two have in common by chance
-    cancels out in the error.
+    Meant for outputs (a) against doing nothing (b), made of the same source images: what the two have in common by
+    chance cancels out in the error.
     """
     return ratio(a.value, b.value, covariance(a, a), covariance(b, b), covariance(a, b))
 

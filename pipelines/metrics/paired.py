@@ -13,7 +13,7 @@ from pipelines.metrics.resize import resize_area
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 THUMBNAIL_PX = 16
-_BATCH = 64
+_BATCH = 16
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -29,9 +29,10 @@ def psnr(outputs: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def ssim(outputs: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Structural similarity of an image, mean over channels and over all whole windows; (n,), at most 1.
+    """Structural similarity of an image, mean over channels and over all positions; (n,), at most 1.
 
-    Source: Wang et al. 2004, Eq. 13, K1 = 0.01, K2 = 0.03, Gaussian window of 11 pixels, σ = 1.5. Sides >= 11.
+    Source: Wang et al. 2004, Eq. 13, K1 = 0.01, K2 = 0.03, Gaussian window of 11 pixels, σ = 1.5, reflected at
+    the edges (as torchmetrics has it).
     """
     return _by_batch(_ssim, outputs, truth)
 
@@ -47,15 +48,15 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Gaussian window over every whole position, separable."""
+    """Gaussian window around every position, separable."""
     offsets = torch.arange(SSIM_WINDOW, dtype=images.dtype) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     window /= window.sum()
-    size = images.shape[-2:]
-    flat = images.reshape(-1, 1, *size)
+    flat = torch.nn.functional.pad(images, (SSIM_WINDOW // 2,) * 4, mode="reflect")
+    flat = flat.reshape(-1, 1, *flat.shape[-2:])
     flat = torch.nn.functional.conv2d(flat, window.view(1, 1, -1, 1))
     flat = torch.nn.functional.conv2d(flat, window.view(1, 1, 1, -1))
-    return flat.reshape(*images.shape[:2], *flat.shape[-2:])
+    return flat.reshape(images.shape)
 
 
 def retrieval_top1(outputs: np.ndarray, truth: np.ndarray) -> np.ndarray:

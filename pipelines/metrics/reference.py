@@ -1,6 +1,6 @@
 """What is known of a target domain before any output is scored: the features of its training images.
 
-Where the extractor asks for it (`Extractor.standardised`), features are brought to a common scale by these images alone:
+Where the extractor asks for it (`Extractor.standardised`), features are brought to a common scale by these images:
 
     z = (feature - mean) / max(deviation, 0.05 · median of all deviations)
     score's feature = z / (1 + |z| / 3)                           so within (-3, 3)
@@ -21,7 +21,6 @@ from pipelines.metrics import frechet, kid
 from pipelines.metrics.features import Extractor
 
 FLOOR, BOUND = 0.05, 3.0
-# The Gaussian is computed when first asked for: 2,048 features take seconds.
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Reference:
 
 
 def make_reference(domain: str, extractor: Extractor, raw: np.ndarray) -> Reference:
-    """A reference from features as the extractor gives them, (m, d), m at least 4."""
+    """A reference from features as the extractor gives them, (m, d), m at least 6."""
     if not extractor.standardised:
         return Reference(domain, extractor, raw, None, None)
     deviation = raw.std(axis=0)
