@@ -45,8 +45,7 @@ class Gateway:
         from deploy.api import Pool, make_api
         from deploy.limits import Limits
 
-        # A form with two images may hold twice the bytes of one.
-        body = 2 * self.args.max_bytes + _ROOM_FOR_FORM_BYTES
+        body = self.args.max_bytes + _ROOM_FOR_FORM_BYTES
         limits = Limits(
             token_sha256=self.token_sha256,
             max_body_bytes=body,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.schemas import NAME, NAME_RULE, ServeArgs
-from models.bundle import copy_bundle, read_config
+from models.bundle import CONFIG, copy_bundle, read_config
 from models.errors import BundleError, ConfigError, StorageError
-from pipelines.storage import Store, parse_uri
+from pipelines.storage import Store, join, parse_uri
 
 DEFAULT_ALIAS = "champion"
 _PLAIN = re.compile(r"^(s3://|file:///|/|\.|[A-Za-z0-9_-]+(/|$))")
@@ -156,6 +156,9 @@ def _fetch_version(client: Any, version: Any, into: Path, where: str, tracking_u
 
 
 def _fetch(uri: str, into: Path) -> Path:
+    """A bundle, or the one in a run directory."""
+    if Store(uri).exists(f"bundle/{CONFIG}"):
+        uri = join(uri, "bundle")
     store = Store(uri)
     return Path(store.uri) if store.is_local else copy_bundle(store.read, uri, into)
 
