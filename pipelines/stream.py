@@ -186,7 +186,8 @@ def _execution(spec: dict[str, Any], lanes: list[int], start: int, end: int, num
 
 
 def _rows(split: DataIterator) -> Iterator[pa.Table]:
-    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+    blocks: Any = split
+    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for row in range(block.num_rows):
             yield block.slice(row, 1)
 
