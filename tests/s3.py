@@ -10,6 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from boto3.session import Session
+
+from pipelines.storage import Store
+
 # rclone takes a key of exactly 20 characters and a longer secret; others are refused as unknown.
 KEY = "TESTKEYTESTKEYTEST20"
 SECRET = "test-secret-that-is-longer-than-twenty-characters"
@@ -17,7 +21,10 @@ SECRET = "test-secret-that-is-longer-than-twenty-characters"
 
 @dataclass
 class S3Server:
-    """A running server; `root` is the directory whose folders are its buckets."""
+    """A running server; `root` is the directory whose folders are its buckets.
+
+    Write through the server (`put`): what appears on disk behind its back is seen minutes later.
+    """
 
     root: Path
     port: int
@@ -43,8 +50,18 @@ class S3Server:
     def uri(self, path: str) -> str:
         """`uri("bucket/a/b")` → `s3://bucket/a/b`; the bucket is made where it does not exist."""
         bucket = path.strip("/").partition("/")[0]
-        (self.root / bucket).mkdir(parents=True, exist_ok=True)
+        if not (self.root / bucket).is_dir():
+            session = Session(aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1")
+            session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=bucket)
         return f"s3://{path.strip('/')}"
+
+    def put(self, directory: Path, path: str) -> str:
+        """Upload a directory to `path`; its URI."""
+        uri = self.uri(path)
+        store = Store(uri)
+        for file in sorted(item for item in directory.rglob("*") if item.is_file()):
+            store.upload_file(file.relative_to(directory).as_posix(), file)
+        return uri
 
     def stop(self) -> None:
         self.process.terminate()
@@ -65,8 +82,8 @@ def start(root: Path) -> S3Server:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [program, "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
-    # Written straight to disk and listed afresh: tests look at the files behind the server's back.
-    command += ["--vfs-cache-mode", "off", "--dir-cache-time", "0s", "--config", "/dev/null", "--log-level", "ERROR"]
+    # Its directory cache stays on: without it every request lists again, a hundred times slower.
+    command += ["--config", "/dev/null", "--log-level", "ERROR"]
     log = root.parent / f"{root.name}.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
