@@ -16,7 +16,7 @@ from pipelines.stream import ReadAhead, StepBatch, local_stream, ray_stream
 from pipelines.transforms import augment_config
 from tests.datasets import keys, write_dataset
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,19 @@ def test_ray_stream__two_workers_with_a_lane_each_are_one_with_both(ray_session,
     assert set(first) == {(step, 0) for step in range(90)}
 
 
+def test_ray_stream__reads_s3_through_the_cache_of_the_node(ray_session, s3, dataset, tmp_path):
+    train = {"a": keys("a", 70), "b": keys("b", 43)}
+    uri = s3.uri("stream/set")
+    far = make_reader(write_dataset(uri, {"train": train}, rows_per_shard=16))
+    far.cache_dir = str(tmp_path / "cache")
+    near = order(local_stream(make_reader(dataset), [1], 0, 40))
+    assert order(ray_stream(far.spec, [1], 0, 40)) == near
+    held = {path.stem for path in (tmp_path / "cache").glob("*.parquet")}
+    assert held == {shard.sha256 for shard in far.dataset.index}
+    secret = s3.env["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in repr(far.spec)
+
+
 def test_ray_stream__pixels_may_be_written_to(ray_session, dataset):
     stream = ray_stream(make_reader(dataset).spec, (0,), 0, 3)
     for batch in stream:
@@ -111,7 +124,7 @@ def test_ray_stream__a_killed_reader_is_replaced_and_nothing_is_lost(ray_session
     monkeypatch.setattr(module, "_read_chunks", partial(read_chunks_and_tell, told, module._read_chunks))
     reader = make_reader(dataset)
     # More steps than can be buffered: the reader is at work when it is killed.
-    steps = 6000
+    steps = 5000
     received = {}
     for batch in ray_stream(reader.spec, [0], 0, steps):
         received[batch.step, 0] = digest(batch, 0)
