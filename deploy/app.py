@@ -23,71 +23,13 @@ from typing import Any
 
 from deploy.registry import default_tracking_uri, locate, sources
 from deploy.schemas import RETRY_AFTER_S, ServeArgs
-from models.errors import ConfigError, RequestError, StorageError
+from models.errors import ConfigError, StorageError
 
 APP = "i2i"
 TOKEN_VARIABLE = "I2I_SERVE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
 _PROXY_GRACE_S = 5.0
-_ROOM_FOR_FORM_BYTES = 64 * 1024
 logger = logging.getLogger("ray.serve")
-
-
-class Gateway:
-    """The HTTP side: `deploy.api` over handles of the models' deployments."""
-
-    def __init__(self, settings: dict[str, Any], token_sha256: str | None, handles: dict[str, Any]) -> None:
-        self.args = ServeArgs.parse(settings)
-        self.token_sha256, self.handles = token_sha256, handles
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Ray Serve in the replica, so that the app itself is never pickled."""
-        from deploy.api import Pool, make_api
-        from deploy.limits import Limits
-
-        body = self.args.max_bytes + _ROOM_FOR_FORM_BYTES
-        limits = Limits(
-            token_sha256=self.token_sha256,
-            max_body_bytes=body,
-            max_buffered_bytes=max(512 * 1024**2, 4 * body),
-            timeout_s=self.args.timeout_s,
-            echo_request_id=False,  # Ray Serve's proxy does it
-        )
-        pool = Pool({name: RemoteModel(handle) for name, handle in self.handles.items()})
-        return make_api(pool, limits)
-
-
-class RemoteModel:
-    """A model's deployment as `deploy.api.Caller`."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    async def describe(self) -> dict[str, Any]:
-        """`ModelInfo` as JSON."""
-        return await self.handle.describe.remote()
-
-    async def translate(self, data: bytes, request: dict[str, Any], reference: bytes | None) -> dict[str, Any]:
-        """Pass on; a replica that dies under a request is replaced by another one, once."""
-        from ray.exceptions import RayActorError
-        from ray.serve.exceptions import BackPressureError
-
-        from deploy.model import failure
-
-        for last in (False, True):
-            try:
-                return await self.handle.translate.remote(data, request, reference)
-            except BackPressureError:
-                hint = f"try again in {RETRY_AFTER_S} s"
-                return failure(RequestError("too many requests are waiting", code="E_QUEUE", hint=hint))
-            except RayActorError:
-                if last:
-                    logger.warning("a replica died under a request", exc_info=True)
-            except Exception:
-                logger.exception("a model did not answer")
-                break
-        hint = f"try again in {RETRY_AFTER_S} s"
-        return failure(RequestError("the model is not available now", code="E_UNAVAILABLE", hint=hint))
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -100,15 +42,13 @@ def build_app(args: dict[str, Any]) -> Any:
     """
     from ray import serve
 
+    from deploy.gateway import Gateway
     from deploy.model import HostedModel
 
     settings = ServeArgs.parse(dict(args))
-    token = read_token(settings)
-    if token is None and not _is_loopback(settings.host):
-        hint = f"set {TOKEN_VARIABLE}, or --token-file FILE, or bind to 127.0.0.1"
-        raise ConfigError(f"refusing to serve on {settings.host} without a token", code="E_TOKEN", hint=hint)
+    token = _checked_token(settings)
     wanted = sources(settings)
-    plain = _plain(settings)
+    plain = settings.model_dump(mode="json")
     common = {
         "max_surge_percent": 100,  # a new version is up before the old one goes
         "graceful_shutdown_wait_loop_s": 0.2,
@@ -164,24 +104,11 @@ def start(
         ConfigError: settings that are wrong, a port in use.
         BundleError: a bundle or a registered model that cannot be served.
     """
-    asked = {**settings, "models": tuple(models), "bundles": tuple(bundles), "host": host}
-    args = ServeArgs.parse({name: value for name, value in asked.items() if value is not None})
-    if args.models and args.tracking_uri is None and "@" not in default_tracking_uri().split("?")[0]:
-        # Replicas run elsewhere; an address with a password in it stays in the environment.
-        args = args.model_copy(update={"tracking_uri": default_tracking_uri()})
-    port = check_port(host, port)
-    for source in sources(args):
-        locate(source, args.cache, args.tracking_uri)  # the user's mistakes, before a cluster is started
-
     from pipelines.cluster import connect
 
+    args, port = _check(models, bundles, host, port, settings)
     connect(verbose=verbose)
-    application = build_app(args.model_dump(mode="json"))
-    _start_serve(application, args, port, verbose)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}"
-    _wait_ready(url, args)
-    return url
+    return _launch(args, port, verbose)
 
 
 def stop() -> None:
@@ -191,6 +118,7 @@ def stop() -> None:
 
     if ray.is_initialized():
         with _quiet():
+            _end_controller()
             serve.shutdown()
 
 
@@ -211,8 +139,10 @@ def run(
     Returns:
         The exit status: 0 after SIGINT, 143 after SIGTERM.
     """
+    from pipelines.cluster import connect
     from pipelines.console import say
 
+    args, port = _check(models, bundles, host, port, settings)
     ended = threading.Event()
     received: list[int] = []
 
@@ -220,9 +150,11 @@ def run(
         received.append(number)
         ended.set()
 
+    # After ray.init, which puts a SIGTERM handler of its own in place, one that aborts the process.
+    connect(verbose=verbose)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        url = start(models, bundles, host, port, verbose, **settings)
+        url = _launch(args, port, verbose)
         if not ended.is_set():
             (on_ready or (lambda address: say(f"serving on {address} (Ctrl-C ends it)")))(url)
         ended.wait()
@@ -232,6 +164,39 @@ def run(
         for number, handler in before.items():
             signal.signal(number, handler)
     return 143 if received[0] == signal.SIGTERM else 0
+
+
+def _check(
+    models: Sequence[str], bundles: Sequence[str], host: str, port: int, settings: dict[str, Any]
+) -> tuple[ServeArgs, int]:
+    """Everything that may be the user's mistake, before a cluster is started; the settings and the port."""
+    asked = {**settings, "models": tuple(models), "bundles": tuple(bundles), "host": host}
+    args = ServeArgs.parse({name: value for name, value in asked.items() if value is not None})
+    if args.models and args.tracking_uri is None and "@" not in default_tracking_uri():
+        # Replicas run elsewhere; an address with a password in it stays in the environment.
+        args = args.model_copy(update={"tracking_uri": default_tracking_uri()})
+    _checked_token(args)
+    port = check_port(host, port)
+    for source in sources(args):
+        locate(source, args.cache, args.tracking_uri)
+    return args, port
+
+
+def _launch(args: ServeArgs, port: int, verbose: bool) -> str:
+    _start_serve(build_app(args.model_dump(mode="json")), args, port, verbose)
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{'127.0.0.1' if args.host in ('0.0.0.0', '::') else shown}:{port}"
+    _wait_ready(url, args)
+    return url
+
+
+def _checked_token(args: ServeArgs) -> str | None:
+    """The token; a host beyond this machine needs one."""
+    token = read_token(args)
+    if token is None and not _is_loopback(args.host):
+        hint = f"set {TOKEN_VARIABLE}, or --token-file FILE, or bind to 127.0.0.1"
+        raise ConfigError(f"refusing to serve on {args.host} without a token", code="E_TOKEN", hint=hint)
+    return token
 
 
 def read_token(args: ServeArgs) -> str | None:
@@ -303,6 +268,27 @@ def _start_serve(application: Any, args: ServeArgs, port: int, verbose: bool) ->
             raise StorageError(f"serving did not start: {reason or error}", code="E_SERVE") from None
 
 
+def _end_controller() -> None:
+    """What `serve.shutdown` does first, with the one call of it not retried.
+
+    The controller ends itself while it answers; Ray then announces on stdout that the call "failed" and is retried.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        client = _get_global_client()
+    except RayServeException:
+        return  # nothing is served
+    assert client is not None
+    client.shutdown_cached_handles()
+    with contextlib.suppress(RayError):
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30)
+    client._shutdown = True
+
+
 def _reason() -> str:
     """The last line of what Ray Serve knows of a deployment that failed."""
     from ray import serve
@@ -357,10 +343,6 @@ def _quiet():
         logger.setLevel(level)
         for handler, old in handlers:
             handler.setLevel(old)
-
-
-def _plain(settings: ServeArgs) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
 
 
 def _gpus_each(settings: ServeArgs, num_models: int) -> float:

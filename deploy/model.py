@@ -160,7 +160,11 @@ class HostedModel:
         self, image: np.ndarray, condition: Condition, seeds: list[int | None]
     ) -> tuple[list[np.ndarray], float]:
         attributes = tuple(sorted((condition.attributes or {}).items()))
-        style = None if condition.reference is None else hashlib.sha256(condition.reference.cpu().numpy()).digest()
+        style = (
+            None
+            if condition.reference is None
+            else hashlib.sha256(condition.reference.cpu().numpy().tobytes()).digest()
+        )
         tasks = []
         for seed in seeds:
             asked = Condition(

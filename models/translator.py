@@ -34,7 +34,8 @@ class Translator:
             raise ConfigError(f"unknown precision '{precision}'", hint=nearest(precision, PRECISIONS))
         self.bundle, self.device, self.batch = bundle, torch.device(device), batch
         self.precision = precision
-        self.system = bundle.system.to(self.device, memory_format=torch.channels_last).eval()
+        system = bundle.system.to(self.device)
+        self.system = system.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
     def check(self, condition: Condition) -> tuple[str, str]:
         """(source, to) of a condition that this bundle can fulfil.

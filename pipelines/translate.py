@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,16 +191,19 @@ def _run(job: dict[str, Any], todo: list[tuple[str, str]], workers: int, report:
     rows = [{"path": path, "result": result} for path, result in todo]
     # Enough blocks for all workers, and no more images behind one slow one than need be.
     blocks = max(1, min(len(rows), max(workers, -(-len(rows) // _BLOCK))))
-    dataset = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        _Worker,
-        fn_constructor_kwargs={"job": job},
-        batch_size=_BLOCK,
-        concurrency=workers,
-        num_cpus=0.5,
-        num_gpus=1 if job["device"] == "cuda" else None,
-        max_restarts=2,
-        max_task_retries=2,  # of a worker that dies; an image that fails does not make it die
-    )
+    with warnings.catch_warnings():
+        # The two limits have no other way in yet; without them an image that kills its worker is tried for ever.
+        warnings.simplefilter("ignore")
+        dataset = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            _Worker,
+            fn_constructor_kwargs={"job": job},
+            batch_size=_BLOCK,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=0.5,
+            num_gpus=1 if job["device"] == "cuda" else None,
+            max_restarts=2,
+            max_task_retries=2,
+        )
     progress = Progress("translate", len(todo) + already, already)
     for row in _rows(dataset):
         report.add(row)
