@@ -9,34 +9,29 @@ them. What is searched is in `tune_spaces`; what came out is in study.json, whic
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 import tune_spaces
-from models.errors import ConfigError, I2IError, NonFiniteLoss, nearest
-from models.system import System
+from models.errors import ConfigError, I2IError, nearest
 from pipelines import study as studies
 from pipelines.config import RunConfig, merge, resolve
-from pipelines.evaluate import Evaluator
-from pipelines.rundir import RunDirectory
 from pipelines.shards import open_dataset
 from pipelines.storage import Store, join
 from pipelines.tracking import EXPERIMENT, Tracker
+from pipelines.trial import SPLIT, Goal, run_name, run_trial
 
 SEARCHES = ("random", "optuna")
 SCHEDULERS = ("asha", "none")
-SPLIT = "val"  # what is chosen by looking at the test split could not be judged by it
 _RUNGS = 4  # a trial is scored after each quarter
 
 
@@ -152,17 +147,6 @@ def _check_options(config: RunConfig, trials: int, scheduler: str, search: str) 
             raise ConfigError(f"unknown {what} '{value}'", hint=nearest(value, known))
     if config.train.workers > 1:
         raise ConfigError(f"a trial is one process, not {config.train.workers}", hint="leave out train.workers")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The score that decides: `score` is its name in results, `metric` what the evaluator is asked for."""
-
-    metric: str
-    score: str
-    mode: str
-    directions: str
-    reason: str
 
 
 def _goal(config: RunConfig, space: tune_spaces.Space, objective: str | None, features: str) -> Goal:
@@ -282,86 +266,8 @@ def _run(
         tuner.fit()
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """One trial, in a process of Ray Tune's: train, report the score at every rung, leave a bundle."""
-    from ray import tune as ray_tune
-
-    from pipelines.context import LocalContext
-    from pipelines.loop import train_loop
-
-    settings = config["settings"]
-    base = settings["config"]
-    over = {
-        "out": join(base["out"], run_name(config["trial"], ray_tune.get_context().get_trial_id())),
-        "weights": config["trial"]["weights"],
-        "train": {"threads": settings["threads"]},
-    }
-    run = resolve(merge(base, over))
-    torch.set_num_threads(settings["threads"])
-    device = torch.device("cuda" if run.train.gpu else "cpu")
-    score = _Scorer(settings, run, device)
-    RunDirectory(run.out).write_config(run)
-
-    def on_report(event: Mapping[str, Any]) -> None:
-        # The scheduler may end a trial inside the call that reports its score: the last one waits for the bundle.
-        if event["kind"] == "scores" and event["step"] < run.train.steps:
-            ray_tune.report(score.last)
-
-    train_loop(run, LocalContext(device, on_report=on_report), evaluate=score, evaluate_every=settings["rung"])
-    ray_tune.report(score.last)
-
-
-class _Scorer:
-    """`train_loop(evaluate=…)` of a trial; keeps what Ray Tune is told."""
-
-    def __init__(self, settings: Mapping[str, Any], run: RunConfig, device: torch.device) -> None:
-        self.goal = Goal(**settings["goal"])
-        first = self.goal.directions == "first"
-        self.evaluator = _evaluator(
-            run.data.uri, run.size, self.goal.metric, settings["features"], first, settings["limit"], device
-        )
-        self.last: dict[str, Any] = {}
-
-    def __call__(self, step: int, system: System) -> dict[str, float]:
-        from pipelines.metrics.direction import flat
-
-        results = self.evaluator.results(system)
-        name = self.goal.score
-        value = fmean(r["scores"][name] for r in results.values())
-        if not math.isfinite(value):
-            # ASHA compares with quantiles, and no comparison with NaN ever ends a trial.
-            raise NonFiniteLoss(f"step {step}: the score {name} is {value}")
-        self.last = {"step": step, name: value}
-        self.last["do_nothing"] = fmean(r["baselines"]["do_nothing"][name] for r in results.values())
-        if len(results) == 1:
-            self.last[f"{name}_stderr"] = next(iter(results.values()))["scores"].get(f"{name}_stderr")
-        return flat(results)
-
-
-@functools.lru_cache(maxsize=2)
-def _evaluator(
-    data: str, size: int, metric: str, features: str, first: bool, limit: int, device: torch.device
-) -> Evaluator:
-    """Trials that share a process share the features of the real images."""
-    return Evaluator(
-        open_dataset(data),
-        size=size,
-        split=SPLIT,
-        metrics=[metric],
-        features=features,
-        primary_only=first,
-        limit=limit,
-        device=device,
-    )
-
-
 def _trial_id(trial: Any) -> str:
     return trial.trial_id
-
-
-def run_name(trial: Mapping[str, Any], trial_id: str) -> str:
-    """Directory of a trial, relative to the study."""
-    return f"trials/{trial['number']:03d}" if "number" in trial else f"trials/{trial_id}"
 
 
 def _callback(study: studies.Study) -> Any:
@@ -386,20 +292,19 @@ def _callback(study: studies.Study) -> Any:
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             if trial.trial_id in study.trials:
-                study.end(trial.trial_id, _reason(trial.get_pickled_error() or trial.get_error()))
+                study.end(trial.trial_id, _reason(trial.error_file))
 
     return Watch()
 
 
-def _reason(error: BaseException | None) -> str:
-    """The error at the bottom of what Ray wraps around it, in one line."""
-    seen = error
-    while seen is not None:
-        if isinstance(seen, I2IError):
-            return str(seen).splitlines()[0]
-        error, seen = seen, getattr(seen, "cause", None) or seen.__cause__
-    lines = str(error).strip().splitlines() or ["its process ended"]
-    return f"{type(error).__name__}: {lines[-1]}"[:300]
+def _reason(error_file: str | None) -> str:
+    """The last line of a trial's traceback, or the first of what Ray says of a process that is gone."""
+    text = Path(error_file).read_text() if error_file and Path(error_file).exists() else ""
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # the first one counts and dates
+    if not lines:
+        return "its process ended without a word"
+    line = lines[-1] if "Traceback" in text or "ray::" in text else lines[0]
+    return re.sub(r"^[\w.]+\.(\w+): ", r"\1: ", line)[:300]
 
 
 def _why(study: studies.Study) -> str:

@@ -20,8 +20,6 @@ from pipelines import tracking
 from pipelines.promote import locate, promote
 from tests.tiny_system import Tiny, register
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
-
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:

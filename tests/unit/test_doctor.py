@@ -9,8 +9,6 @@ import pytest
 from pipelines import doctor
 from pipelines.doctor import Check
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
-
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}

@@ -13,9 +13,6 @@ from models.errors import ConfigError
 from pipelines import tracking
 from pipelines.tracking import Tracker
 
-# MLflow 3.17 with SQLAlchemy 2.1, at import.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
-
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> str:
