@@ -80,13 +80,12 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch, stride=patch)
+        self.patch_embed = _Patches(width, patch)
         self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed.proj(images)
+        x = self.patch_embed(images)
         rows, columns = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self._positions(rows, columns)
@@ -116,13 +115,30 @@ class _Block(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = _Attention(width), nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.attn, self.mlp = _Attention(width), _Mlp(width, hidden)
         self.ls1, self.ls2 = _Scale(width), _Scale(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1.gamma * self.attn(self.norm1(x))
-        return x + self.ls2.gamma * self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        return x + self.ls2.gamma * self.mlp(self.norm2(x))
+
+
+class _Patches(nn.Module):
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class _Scale(nn.Module):

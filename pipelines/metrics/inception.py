@@ -72,10 +72,13 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
 
+_Side = int | tuple[int, int]
+
+
 class _Conv(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, padding=0) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: _Side, stride: int = 1, padding: _Side = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
@@ -120,13 +123,15 @@ class _C(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        wide, tall = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = _Conv(768, 192, 1)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(768, c, 1), _Conv(c, c, **wide)
-        self.branch7x7_3 = _Conv(c, 192, **tall)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(768, c, 1), _Conv(c, c, **tall)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(c, c, **wide), _Conv(c, c, **tall)
-        self.branch7x7dbl_5 = _Conv(c, 192, **wide)
+        self.branch7x7_1, self.branch7x7_2 = _Conv(768, c, 1), _Conv(c, c, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = _Conv(c, 192, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(768, c, 1), _Conv(c, c, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = (
+            _Conv(c, c, (1, 7), padding=(0, 3)),
+            _Conv(c, c, (7, 1), padding=(3, 0)),
+        )
+        self.branch7x7dbl_5 = _Conv(c, 192, (1, 7), padding=(0, 3))
         self.branch_pool = _Conv(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
