@@ -17,7 +17,11 @@ async function ask(path, options = {}) {
     throw new Error("The server cannot be reached. Is it still running?");
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) $("token-form").hidden = false;
+  if (answer.status === 401) {
+    $("token-form").hidden = false;
+    if (!token()) throw new Error("");
+    throw new Error("This is not the token of this server.");
+  }
   let detail = null;
   try {
     detail = (await answer.json()).error;
@@ -29,7 +33,7 @@ async function ask(path, options = {}) {
 
 function showError(error) {
   $("error").textContent = error ? error.message : "";
-  $("error").hidden = !error;
+  $("error").hidden = !error || !error.message;
   if (error) $("status").textContent = "";
 }
 
@@ -62,8 +66,8 @@ async function loadModels() {
   const select = $("model");
   const chosen = select.value;
   select.replaceChildren(...state.models.map((model) => {
-    const note = model.ready ? ` (${model.system}, version ${model.version})` : ` (${model.reason || "not ready"})`;
-    const element = option(model.name + note, model.name);
+    const note = model.ready ? model.system : model.reason || "not ready";
+    const element = option(model.name === note ? note : `${model.name} (${note})`, model.name);
     element.disabled = !model.ready;
     return element;
   }));
@@ -76,6 +80,7 @@ async function loadModels() {
     setTimeout(loadModels, 2000);
   } else {
     $("status").textContent = "";
+    if (state.file && !state.afterUrl) translate();
   }
 }
 
