@@ -155,7 +155,7 @@ def rows_per_shard(samples: Sequence[Sample], checked: Mapping[str, Checked]) ->
         mean = sum(file.stored_bytes or rate * file.height * file.width for file in files) / len(files)
         largest = max(largest, mean)
     group = shards.ROW_GROUP
-    return max(group, min(_MAX_ROWS, int(_SHARD_BYTES / largest) // group * group))
+    return max(group, min(_MAX_ROWS, round(_SHARD_BYTES / largest / group) * group))
 
 
 def plan_shards(samples: Sequence[Sample], rows: int) -> list[ShardTask]:

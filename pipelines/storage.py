@@ -52,7 +52,7 @@ def parse_uri(uri: str) -> tuple[str, str]:
     bucket, _, key = uri[len("s3://") :].partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise _bad_uri(uri, f"'{bucket}' is not a bucket name (3-63 lower-case letters, digits, '-' and '.')")
-    key = key.strip("/")
+    key = key.rstrip("/")
     if any(part in ("", ".", "..") for part in key.split("/")) and key:
         raise _bad_uri(uri, "its path has an empty, '.' or '..' component")
     return "s3", f"{bucket}/{key}" if key else bucket
@@ -60,6 +60,12 @@ def parse_uri(uri: str) -> tuple[str, str]:
 
 def _bad_uri(uri: object, why: str) -> DataError:
     return DataError(f"not a usable address: {uri!r}: {why}", code="E_URI", hint=_ALLOWED)
+
+
+def absolute(uri: str) -> str:
+    """The same place named so that a process in another directory finds it too."""
+    kind, path = parse_uri(uri)
+    return f"s3://{path}" if kind == "s3" else os.path.abspath(path)
 
 
 def join(uri: str, *parts: str) -> str:
