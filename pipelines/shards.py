@@ -55,7 +55,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset holds. `splits[split][domain]` = {"count", "shards", "keys_sha256"}; `size` = common (h, w) or None."""
+    """What a dataset holds; `splits[split][domain]` = {"count", "shards", "keys_sha256"}, `size` = common (h, w)."""
 
     rows_per_shard: int
     domains: tuple[str, ...]
