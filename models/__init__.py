@@ -1,6 +1,7 @@
 """Image-to-image translation systems in plain torch: no Ray, no tracking, no network.
 
-`SYSTEMS` maps the name of a system to the module and class that hold it; nothing heavy is imported before it is asked for.
+`SYSTEMS` maps the name of a system to the module and class that hold it; nothing heavy is imported before it is
+asked for.
 """
 
 from __future__ import annotations

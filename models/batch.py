@@ -1,7 +1,7 @@
 """What one training step is fed: frozen records of images, one record type for each data contract.
 
-A record type declares its **streams**: independent sequences of samples, each over one domain or over several aligned ones
-(the same key in each). The data pipeline reads these declarations and knows nothing else of a system.
+A record type declares its **streams**: independent sequences of samples, each over one domain or over several aligned
+ones (the same key in each). The data pipeline reads these declarations and knows nothing else of a system.
 
 Images are `float32`, channels-last in memory, in the value range of the system (`System.value_range`, mostly [-1, 1]),
 shape `(n, channels, height, width)`.

@@ -18,7 +18,8 @@ images look like it.
     λ, ½ λ          weights.cycle, weights.identity
 
 Deviations:
-    [D1] One epoch of each domain is each image once, at its own pace; the paper pairs each image of A with a random one of B.
+    [D1] One epoch of each domain is each image once, at its own pace; the paper pairs each image of A with a random one
+         of B.
     [D2] The learning rate decays continuously over the second half of the run, not once an epoch.
     [D3] Instance norm has no scale and shift, as in the authors' PyTorch release; the Torch release has them.
 """

@@ -23,6 +23,7 @@ from models.batch import Batch
 from models.errors import ConfigError, NonFiniteLoss
 from models.losses import total
 from models.replay import ReplayPool
+from models.schedule import Schedule
 from models.sync import GradientSync
 from models.system import Draws, Phase, StepContext, System
 
@@ -56,13 +57,13 @@ def random_stream(*key: int | str) -> torch.Generator:
 
 
 class Engine:
-    """Plays a system's phases and owns what training adds to it: optimisers, replay pools, EMA, the terms not yet read."""
+    """Plays a system's phases and owns what training adds to it: optimisers, replay pools, EMA, terms not yet read."""
 
     def __init__(
         self, system: System, weights: Any, config: EngineConfig, device: torch.device, sync: GradientSync | None = None
     ) -> None:
         self.system, self.config, self.device = system.to(device), config, device
-        self.weights = {f.name: getattr(weights, f.name) for f in fields(weights)}
+        self.weights: dict[str, float | Schedule] = {f.name: getattr(weights, f.name) for f in fields(weights)}
         self.sync = sync or GradientSync()
         self.optimisers = {name: _adam(system, spec) for name, spec in system.optimisers.items()}
         self.pools = {v: {n: ReplayPool(c) for n, c in system.pools.items()} for v in config.hosted}
@@ -140,22 +141,22 @@ class Engine:
         missing = [t for t in phase.terms if t not in self.weights]
         assert not missing, f"phase {phase.name} of {self.system.name} has terms without a weight: {missing}"
         chosen = {t: self.weights[t] for t in phase.terms}
-        return {t: w(fraction) if callable(w) else float(w) for t, w in chosen.items()}
+        return {t: float(w) if isinstance(w, int | float) else w(fraction) for t, w in chosen.items()}
 
     def _step_optimiser(self, name: str, fraction: float, flag: Tensor) -> None:
         spec, optimiser = self.system.optimisers[name], self.optimisers[name]
         for group in optimiser.param_groups:
             group["lr"] = spec.lr * spec.schedule(fraction)
         # A step on non-finite gradients is skipped on the device, without waiting for it: fused Adam takes the flag.
-        optimiser.found_inf = (flag > 0).float()
+        vars(optimiser)["found_inf"] = (flag > 0).float()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _update_ema(self, decay: float) -> None:
         for name, average in self.ema.items():
-            live = list(self.system.networks[name].parameters())
-            torch._foreach_lerp_(list(average.parameters()), live, 1 - decay)
+            for mean, live in zip(average.parameters(), self.system.networks[name].parameters(), strict=True):
+                mean.lerp_(live, 1 - decay)
 
     def _parameters_of(self, phase: Phase) -> list[nn.Parameter]:
         if phase.optimisers not in self._parameters:
@@ -199,7 +200,9 @@ class Engine:
                 shared[f"networks.{name}.{key}"] = value
         for name, tensor in shared.items():
             if not torch.isfinite(tensor).all():
-                raise NonFiniteLoss(f"'{name}' holds a number that is not finite", hint="resume from an earlier checkpoint")
+                raise NonFiniteLoss(
+                    f"'{name}' holds a number that is not finite", hint="resume from an earlier checkpoint"
+                )
         for name, average in self.ema.items():
             for key, value in average.state_dict().items():
                 shared[f"ema.{name}.{key}"] = value
@@ -236,7 +239,7 @@ class Engine:
                 pool.load_state_dict({} if images is None else {"images": images.to(self.device)})
 
     def inference_system(self) -> System:
-        """The system in evaluation mode, with the averaged generators where there is an EMA; shares memory with training.
+        """The system in evaluation mode, with the averaged generators where there is an EMA; shares training's memory.
 
         The next `step` goes back to training mode by itself.
         """
@@ -274,8 +277,9 @@ def _load_network(network: nn.Module, tensors: Mapping[str, Tensor], name: str) 
         if key not in tensors or key not in expected or tensors[key].shape != expected[key].shape
     ]
     if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise ConfigError(
-            f"the stored network '{name}' is of another shape: {wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}",
+            f"the stored network '{name}' is of another shape: {wrong[0]}{more}",
             code="E_ARCHITECTURE",
             hint="use the system's settings of the stored run (its run.yaml)",
         )

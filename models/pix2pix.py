@@ -1,6 +1,7 @@
 """pix2pix: image-to-image translation from aligned pairs with a conditional GAN.
 
-Isola, Zhu, Zhou, Efros, "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017, arXiv:1611.07004.
+Isola, Zhu, Zhou, Efros, "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017,
+arXiv:1611.07004.
 
 A U-Net turns `a` into `b`; a patch discriminator sees input and output together, and an L1 term ties the output to the
 truth.
@@ -15,12 +16,12 @@ truth.
     λ            weights.l1
 
 Deviations:
-    [D1] Statistics of batch norm are taken per image by default (`statistics="sample"`), in training as at inference. At
-         the published batch size 1 this is the same; at larger ones it keeps an output a function of its own input, and
-         independent of how a batch is split over workers. `statistics="batch"` trains with batch statistics.
-    [D2] Dropout is on in training only (`test_dropout=True` for the published behaviour, then seeded by the request), on the
+    [D1] Statistics of batch norm are taken per image by default (`statistics="sample"`), in training as at inference.
+         At the published batch size 1 this is the same; at larger ones it keeps an output a function of its own input,
+         and independent of how a batch is split over workers. `statistics="batch"` trains with batch statistics.
+    [D2] Dropout is on in training only (`test_dropout=True` for the published behaviour, seeded by the request), on the
          three innermost decoder stages as in the paper and the Torch release.
-    [D3] The learning rate decays over the second half of the run as in the PyTorch release; the Torch release keeps it constant.
+    [D3] The learning rate decays over the second half of the run as in the PyTorch release; the Torch release keeps it.
     [D4] One epoch is each pair once.
 """
 
@@ -98,8 +99,8 @@ class Pix2PixConfig:
 class UNet(nn.Module):
     """U-Net with 4×4 strided convolutions; `(n, 3, h, w)` → `(n, 3, h, w)` in [-1, 1].
 
-    Channels `width` × (1, 2, 4, 8, 8, …); skips join stages of equal size. No norm after the first, at the innermost and after
-    the last stage. Sides must be multiples of 2^levels.
+    Channels `width` × (1, 2, 4, 8, 8, …); skips join stages of equal size. No norm after the first, at the innermost
+    and after the last stage. Sides must be multiples of 2^levels.
     """
 
     def __init__(self, width: int = 64, levels: int = 8, statistics: Statistics = "batch") -> None:
@@ -161,7 +162,8 @@ class Pix2Pix(System):
     @property
     def conditioning(self) -> dict:
         a, b = self.domains
-        return {"directions": [{"source": a, "to": b}], "attributes": [], "style": None}
+        seeded = {"seed": True} if self.config.test_dropout else {}
+        return {"directions": [{"source": a, "to": b}], "attributes": [], "style": None, **seeded}
 
     @property
     def size_multiple(self) -> int:
@@ -173,7 +175,7 @@ class Pix2Pix(System):
             return self.g(x)
         generator = torch.Generator().manual_seed(condition.seed or 0)
         # The same masks for every image of the batch: a batch of four equals four singles.
-        masks = [m.to(x.device) for m in self._masks(generator, 1, x.shape[-2:])]
+        masks = [m.to(x.device) for m in self._masks(generator, 1, (x.shape[-2], x.shape[-1]))]
         return self.g(x, masks)
 
     def draw(self, generator: torch.Generator, n: int) -> Draws:

@@ -1,8 +1,8 @@
 """Summing gradients over processes, by hand.
 
-`DistributedDataParallel` expects one forward and one backward of one module; a GAN's phases train subsets of networks, call
-their sub-methods, and run a network twice before one backward. So the gradients of a phase are all-reduced in buckets,
-launched in a fixed order from hooks while the last micro-batch's backward is still running.
+`DistributedDataParallel` expects one forward and one backward of one module; a GAN's phases train subsets of networks,
+call their sub-methods, and run a network twice before one backward. So the gradients of a phase are all-reduced in
+buckets, launched in a fixed order from hooks while the last micro-batch's backward is still running.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class GradientSync:
         self._next += 1
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        self._launched.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None, "an asynchronous all-reduce gives a handle"
+        self._launched.append((bucket, flat, work))
 
     def finish(self, flag: Tensor) -> Tensor:
         """Wait for all buckets, write the sums into `.grad`; `flag` (a scalar) is summed along."""
@@ -62,12 +64,11 @@ class GradientSync:
         while self._next < len(self._buckets):
             self._launch()
         flag = flag.clone()
-        last = dist.all_reduce(flag, async_op=True)
         for bucket, flat, work in self._launched:
             work.wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter).clone(memory_format=torch.preserve_format)
-        last.wait()
+        dist.all_reduce(flag)
         self._launched.clear()
         self._buckets = []
         return flag

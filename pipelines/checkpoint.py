@@ -6,7 +6,7 @@
         state.json             step, order digests, configuration, versions        written by rank 0
         COMPLETE               size and sha256 of each of them                      written last, by rank 0
 
-A directory without `COMPLETE`, or with a file that differs from it, is no checkpoint: it is skipped, reported and pruned.
+A directory without `COMPLETE`, or with a file that differs from it, is no checkpoint: it is skipped and reported.
 Names are never reused. The newest is read back and verified before an older one is deleted; two verified ones stay.
 """
 
@@ -145,7 +145,7 @@ def _prune(store: Store) -> None:
         return
     oldest_kept = _step_of(complete[-KEEP])
     for name, files in found.items():
-        if name in complete[-KEEP:] or _step_of(name) > oldest_kept and COMPLETE not in files:
+        if name in complete[-KEEP:] or (_step_of(name) > oldest_kept and COMPLETE not in files):
             continue
         # COMPLETE goes first: a deletion that stops half-way leaves nothing that looks like a checkpoint.
         for file in sorted(files, key=lambda f: f != COMPLETE):

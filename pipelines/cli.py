@@ -1,7 +1,7 @@
 """The `i2i` command.
 
-Results go to stdout (with `--json` as one JSON document), messages and progress to stderr. Exit status: 0 done, 2 the user's
-mistake, 1 a failure of ours, 143 after SIGTERM. Everything heavy is imported inside the commands.
+Results go to stdout (with `--json` as one JSON document), messages and progress to stderr. Exit status: 0 done, 2 the
+user's mistake, 1 a failure of ours, 143 after SIGTERM. Everything heavy is imported inside the commands.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,7 +29,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Settings = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, such as weights.cycle=5. Repeatable."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines.")]
@@ -37,7 +38,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lin
 @app.command()
 def demo(
     keep_serving: Annotated[bool, typer.Option(help="Leave the trained model served until Ctrl-C.")] = False,
-    out: Annotated[Optional[str], typer.Option(help="Directory for everything it makes.")] = None,
+    out: Annotated[str | None, typer.Option(help="Directory for everything it makes.")] = None,
 ) -> None:
     """The whole pipeline on embedded data, in minutes on a laptop."""
     from pipelines.demo import run_demo
@@ -52,17 +53,17 @@ def prepare(
     dest: Annotated[str, typer.Argument(help="Dataset to write, local or s3://.")],
     layout: Annotated[str, typer.Option(help="auto, domains, paired or side-by-side.")] = "auto",
     select: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(metavar="DOMAIN=FILE", help="Train only on the keys listed in FILE, one a line. Repeatable."),
     ] = None,
     val: Annotated[float, typer.Option(help="Share of the images for validation, where no folder says so.")] = 0.05,
     test: Annotated[float, typer.Option(help="Share of the images for the test split, likewise.")] = 0.1,
     group: Annotated[
-        Optional[str], typer.Option(metavar="REGEX", help="Images whose keys match alike stay in one split.")
+        str | None, typer.Option(metavar="REGEX", help="Images whose keys match alike stay in one split.")
     ] = None,
-    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Shrink or enlarge to this side.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PX", help="Shrink larger images to this side.")] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unusable images that is put up with.")] = 0.01,
-    licence: Annotated[Optional[str], typer.Option(help="Licence of the images; recorded with the data.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the images; recorded with the data.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -84,7 +85,7 @@ def prepare(
         licence=licence,
     )
     if as_json:
-        _print_json(result.to_json())
+        _print_json(result)
         return
     for domain, splits in result.domains.items():
         print(f"{domain}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
@@ -96,31 +97,32 @@ def prepare(
 def inspect(
     dataset: Annotated[str, typer.Argument(help="Dataset written by prepare, local or s3://.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the digest of every shard.")] = False,
-    sheet: Annotated[Optional[Path], typer.Option(metavar="FILE.png", help="Write a contact sheet.")] = None,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Write a contact sheet.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a dataset holds."""
-    from pipelines.inspect import describe, inspect_dataset
+    from pipelines import tables
+    from pipelines.inspect import inspect_dataset
 
     report = inspect_dataset(dataset, verify=verify, sheet=sheet)
-    _print_json(report) if as_json else print(describe(report))
+    _print_json(report) if as_json else print(tables.dataset(report))
 
 
 @app.command()
 def train(
     system: Annotated[str, typer.Argument(help="Name of a system, such as cyclegan.")],
-    data: Annotated[Optional[str], typer.Option(metavar="URI", help="Dataset written by prepare.")] = None,
-    domains: Annotated[Optional[str], typer.Option(metavar="A,B", help="Domains in order.")] = None,
-    out: Annotated[Optional[str], typer.Option(metavar="URI", help="Run directory, local or s3://.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Length of the run; default as published.")] = None,
-    batch: Annotated[Optional[int], typer.Option(help="Samples a step, over all workers.")] = None,
-    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Side of the training images.")] = None,
-    workers: Annotated[Optional[int], typer.Option(help="Training processes; 0: in this one, without Ray.")] = None,
-    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Default: drawn, printed and stored.")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; default: what the hardware does fast.")] = None,
-    deterministic: Annotated[Optional[bool], typer.Option("--deterministic", help="Bit-exact also on CUDA.")] = None,
-    config: Annotated[Optional[str], typer.Option(metavar="FILE", help="A run.yaml to start from.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="URI", help="Dataset written by prepare.")] = None,
+    domains: Annotated[str | None, typer.Option(metavar="A,B", help="Domains in order.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="URI", help="Run directory, local or s3://.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length of the run; default as published.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step, over all workers.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PX", help="Side of the training images.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; 0: in this one, without Ray.")] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: drawn, printed and stored.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; default: what the hardware does fast.")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Bit-exact also on CUDA.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="A run.yaml to start from.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Go on with another number of --steps.")] = False,
@@ -176,7 +178,7 @@ def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, v
         cluster.connect(verbose=verbose)
     result = run(resolved)
     if as_json:
-        _print_json(result.to_json())
+        _print_json(result)
     elif result.finished:
         print(result.bundle)
     if not result.finished:
@@ -194,20 +196,20 @@ def _dry_run(options: dict[str, Any], as_json: bool) -> None:
 def evaluate(
     bundle: Annotated[str, typer.Argument(help="Bundle, or run directory, local or s3://.")],
     data: Annotated[str, typer.Option(metavar="URI", help="Dataset written by prepare.")],
-    split: Annotated[Optional[str], typer.Option(help="Default: test where it exists, else val.")] = None,
-    metrics: Annotated[Optional[str], typer.Option(metavar="A,B", help="Default: all that apply.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: test where it exists, else val.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all that apply.")] = None,
     features: Annotated[
         str, typer.Option(metavar="NAME[:URI]", help="random_v1, inception:URI or dinov2:URI.")
     ] = "random_v1",
-    source: Annotated[Optional[str], typer.Option(help="Domain to translate from.")] = None,
-    to: Annotated[Optional[str], typer.Option(help="Domain to translate to.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Use at most this many images.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random baseline and subsets.")] = 0,
-    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    source: Annotated[str | None, typer.Option(help="Domain to translate from.")] = None,
+    to: Annotated[str | None, typer.Option(help="Domain to translate to.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many images.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random baseline.")] = 0,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a bundle on held-out images, beside doing nothing and real images."""
-    from pipelines.evaluate import describe
+    from pipelines import tables
     from pipelines.evaluate import evaluate as run
 
     use_gpu = _has_gpu() if gpu is None else gpu
@@ -223,22 +225,22 @@ def evaluate(
         seed=seed,
         device="cuda" if use_gpu else "cpu",
     )
-    _print_json(result.to_json()) if as_json else print(describe(result))
+    _print_json(result) if as_json else print(tables.evaluation(result))
 
 
 @app.command()
 def tune(
     system: Annotated[str, typer.Argument(help="Name of a system, such as cyclegan.")],
     data: Annotated[str, typer.Option(metavar="URI", help="Dataset written by prepare.")],
-    domains: Annotated[Optional[str], typer.Option(metavar="A,B", help="Domains in order.")] = None,
-    out: Annotated[Optional[str], typer.Option(metavar="DIR", help="Study directory.")] = None,
+    domains: Annotated[str | None, typer.Option(metavar="A,B", help="Domains in order.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Study directory.")] = None,
     trials: Annotated[int, typer.Option(help="How many weightings are tried.")] = 16,
     steps: Annotated[int, typer.Option(help="Longest trial.")] = 1000,
-    batch: Annotated[Optional[int], typer.Option(help="Samples a step.")] = None,
-    size: Annotated[Optional[int], typer.Option(metavar="PX", help="Side of the training images.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PX", help="Side of the training images.")] = None,
     search: Annotated[str, typer.Option(help="random or optuna.")] = "random",
-    objective: Annotated[Optional[str], typer.Option(help="Held-out metric; default: of the tune space.")] = None,
-    concurrent: Annotated[Optional[int], typer.Option(help="Trials at a time; default: one a core.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Held-out metric; default: of the tune space.")] = None,
+    concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search and of every trial.")] = 0,
     settings: Settings = None,
     as_json: Json = False,
@@ -260,7 +262,7 @@ def tune(
     config = resolve(merge(parse_settings(settings or []), named))
     cluster.connect(verbose=verbose)
     result = run(config, trials=trials, search=search, objective=objective, concurrent=concurrent)
-    _print_json(result.to_json()) if as_json else print(describe(result))
+    _print_json(result) if as_json else print(describe(result))
 
 
 @app.command()
@@ -268,33 +270,30 @@ def promote(
     source: Annotated[str, typer.Argument(help="Run, study or bundle directory.")],
     name: Annotated[str, typer.Option(help="Name of the registered model.")],
     alias: Annotated[str, typer.Option(help="Alias that will point to the new version.")] = "champion",
-    force: Annotated[bool, typer.Option("--force", help="Also where it scores below what the alias points to.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it scores below the present one.")] = False,
     as_json: Json = False,
 ) -> None:
     """Register a bundle in MLflow and point an alias at it."""
     from pipelines.promote import promote as run
 
     result = run(source, name, alias=alias, force=force)
-    _print_json(result.to_json()) if as_json else print(f"{result.model} version {result.version} is {result.alias}")
+    _print_json(result) if as_json else print(f"{result.model} version {result.version} is {result.alias}")
 
 
 @app.command()
 def serve(
-    model: Annotated[
-        Optional[list[str]], typer.Option(metavar="NAME@ALIAS", help="Registered model. Repeatable.")
-    ] = None,
-    bundle: Annotated[Optional[list[str]], typer.Option(metavar="DIR", help="Bundle directory. Repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="NAME@ALIAS", help="Registered model. Repeatable.")] = None,
+    bundle: Annotated[list[str] | None, typer.Option(metavar="DIR", help="Bundle directory. Repeatable.")] = None,
     host: Annotated[str, typer.Option(help="Beyond 127.0.0.1 only with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the HTTP server.")] = 8000,
-    token_file: Annotated[Optional[Path], typer.Option(help="File with the token callers must send.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token callers must send.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve models over HTTP, with a page to try them on."""
     from deploy.app import run
-    from pipelines import cluster
 
-    cluster.connect(verbose=verbose)
-    raise SystemExit(run(models=model or [], bundles=bundle or [], host=host, port=port, token_file=token_file))
+    status = run(model or [], bundle or [], host, port, verbose, token_file=str(token_file) if token_file else None)
+    raise SystemExit(status)
 
 
 @app.command()
@@ -302,10 +301,10 @@ def translate(
     bundle: Annotated[str, typer.Argument(help="Bundle, or run directory, local or s3://.")],
     src: Annotated[str, typer.Argument(help="Folder of images, local or s3://.")],
     dest: Annotated[str, typer.Argument(help="Where translations go; names are kept.")],
-    to: Annotated[Optional[str], typer.Option(help="Target domain.")] = None,
-    source: Annotated[Optional[str], typer.Option(help="Source domain.")] = None,
+    to: Annotated[str | None, typer.Option(help="Target domain.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source domain.")] = None,
     workers: Annotated[int, typer.Option(help="Translating processes.")] = 1,
-    gpu: Annotated[Optional[bool], typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out images that are translated already.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -320,7 +319,7 @@ def translate(
     condition = Condition(to=to, source=source)
     result = run(bundle, src, dest, condition, workers=workers, resume=resume, gpu=use_gpu)
     if as_json:
-        _print_json(result.to_json())
+        _print_json(result)
     else:
         print(f"{result.done} translated, {result.failed} failed" + (f", see {result.report}" if result.failed else ""))
     if result.failed:
@@ -329,12 +328,10 @@ def translate(
 
 @app.command()
 def doctor(
-    data: Annotated[Optional[str], typer.Option(metavar="URI", help="Also try to read this dataset.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="URI", help="Also try to read this dataset.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what works on this machine."""
-    from dataclasses import asdict
-
     from pipelines.doctor import doctor as run
     from pipelines.doctor import failed, render
 
@@ -356,9 +353,10 @@ def main() -> NoReturn:
         _exit("interrupted", 130)
     except Exception as error:
         # Typer vendors click: its usage errors are known by what they offer, not by a class we could import.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            _exit(f"error: {error.format_message()}; see `i2i --help`", 2)
-        raise
+        text = getattr(error, "format_message", None)
+        if text is None:
+            raise
+        _exit(f"error: {text()}; see `i2i --help`", 2)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -370,7 +368,8 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1))
+    plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
+    print(json.dumps(plain, indent=1))
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The configuration of a training run: one document in, one document out (`run.yaml`).
 
-Three sections are the same for every system (`data`, `train`, `schedule`); `system` and `weights` are checked against the
-system's own records. All mistakes come in one message.
+Three sections are the same for every system (`data`, `train`, `schedule`); `system` and `weights` are checked against
+the system's own records. All mistakes come in one message.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from models import system_class
 from models.errors import ConfigError, nearest
 from models.system import System
+from pipelines.storage import absolute
 
 _MAX_DOCUMENT_BYTES = 1_000_000
 
@@ -157,7 +158,8 @@ def resolve(options: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(problems), hint="`i2i train SYSTEM --dry-run` prints every setting")
     assert config is not None
     cls.Config(**config.system)  # raises where the values do not fit together
-    return config
+    data = config.data.model_copy(update={"uri": absolute(config.data.uri)})
+    return config.model_copy(update={"out": absolute(config.out), "data": data})
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -202,7 +204,9 @@ def load_document(text: str | bytes) -> dict[str, Any]:
 def default_precision(gpu: bool) -> Literal["fp32", "bf16"]:
     """bf16 where the hardware multiplies it faster than fp32, else fp32."""
     if gpu:
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 

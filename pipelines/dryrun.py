@@ -15,7 +15,7 @@ def dry_run(options: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved configuration and what follows from it; nothing is allocated, read or written.
 
     Returns:
-        `config`, `networks` (name → parameters), `weights`, `phases`, `batch` (shapes of one micro-batch), `memory_bytes`.
+        `config`, `networks` (name → parameters), `weights`, `phases`, `batch` (micro-batch shapes), `memory_bytes`.
     """
     options = copy.deepcopy(dict(options))
     options.setdefault("out", "runs/dry-run")
@@ -45,7 +45,9 @@ def describe(report: Mapping[str, Any]) -> str:
 
     lines = [yaml.safe_dump(report["config"], sort_keys=False).rstrip(), ""]
     lines += [f"network {name}: {count:,} parameters" for name, count in report["networks"].items()]
-    lines += [f"phase {p['name']}: steps {', '.join(p['optimisers'])} on {', '.join(p['terms'])}" for p in report["phases"]]
+    lines += [
+        f"phase {p['name']}: steps {', '.join(p['optimisers'])} on {', '.join(p['terms'])}" for p in report["phases"]
+    ]
     lines += [f"batch {name}: {' x '.join(map(str, shape))}" for name, shape in report["batch"].items()]
     lines.append(f"memory of a worker: about {report['memory_bytes'] / 2**30:.2f} GiB")
     return "\n".join(lines)
@@ -60,8 +62,8 @@ def _num_domains(config: RunConfig) -> int:
 def _memory_bytes(config: RunConfig, system: Any, parameters: int) -> int:
     """Weights, gradients and Adam's two moments in float32, replay pools, and the activations of the widest phase.
 
-    Activations are counted by running every network once on the meta device and summing what its layers put out; each is
-    kept once for backward, in every use that a step makes of a network (about three).
+    Activations are counted by running every network once on the meta device and summing what its layers put out; each
+    is kept once for backward, in every use that a step makes of a network (about three).
     """
     micro = config.train.batch // config.train.logical_ranks
     image = micro * 3 * config.size**2
@@ -83,5 +85,3 @@ def _memory_bytes(config: RunConfig, system: Any, parameters: int) -> int:
     width = 2 if config.train.precision == "bf16" else 4
     hosted = max(1, config.train.logical_ranks // max(1, config.train.workers))
     return 16 * parameters + hosted * pools + 3 * width * outputs + 8 * image
-
-

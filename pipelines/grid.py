@@ -14,7 +14,7 @@ _CAPTION_PX, _GAP_PX = 18, 2
 
 
 def to_tensor(images: np.ndarray, value_range: tuple[float, float], device: torch.device) -> torch.Tensor:
-    """uint8 `(n, h, w, c)` → float `(n, c, h, w)`, channels-last in memory, in `value_range`; converted on the device."""
+    """uint8 `(n, h, w, c)` → float `(n, c, h, w)`, channels-last in memory; converted on the device."""
     low, high = value_range
     pixels = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
     return pixels.float().mul_((high - low) / 255).add_(low)

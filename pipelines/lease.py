@@ -95,7 +95,7 @@ class Lease:
 
 
 def _alive(pid: int, started: str) -> bool:
-    """Whether the process that began at `started` still runs under this number; where /proc does not tell, assume so."""
+    """Whether the process that began at `started` still runs under this number; if unknown, assume so."""
     if not started:
         return pid > 0
     return _start_time(pid) == started

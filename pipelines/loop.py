@@ -1,7 +1,7 @@
 """The training loop: stream → engine → metrics, samples, checkpoints, and a bundle at the end.
 
-The same code runs in the command's own process, in a Tune trial and as a worker of Ray Train; it imports no Ray. Everything
-it needs of its surroundings is in `WorkerContext`.
+The same code runs in the command's own process, in a Tune trial and as a worker of Ray Train; it imports no Ray.
+Everything it needs of its surroundings is in `WorkerContext`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,14 +29,16 @@ from models.sync import GradientSync
 from models.system import System
 from pipelines import checkpoint, console
 from pipelines.config import RunConfig
-from pipelines.context import WorkerContext
 from pipelines.grid import to_tensor, translation_grid
 from pipelines.reader import SampleReader, iterate_split
 from pipelines.rundir import RunDirectory
 from pipelines.shards import Dataset, open_dataset
-from pipelines.stream import StepBatch
 from pipelines.transforms import augment_config
 from pipelines.version import code_version
+
+if TYPE_CHECKING:
+    from pipelines.context import WorkerContext
+    from pipelines.stream import StepBatch
 
 Evaluate = Callable[[int, System], Mapping[str, float]]
 
@@ -116,7 +118,8 @@ def resolve_domains(config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
     if domains is None:
         if len(known) != batch.num_domains:
             raise ConfigError(
-                f"{config.data.uri} has {len(known)} domains ({', '.join(known)}), {config.name} needs {batch.num_domains}",
+                f"{config.data.uri} has {len(known)} domains ({', '.join(known)}), "
+                f"{config.name} needs {batch.num_domains}",
                 code="E_DOMAINS",
                 hint="name them in order with --domains",
             )
@@ -126,9 +129,10 @@ def resolve_domains(config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
         together = [domains[i] for i in stream.images.values()]
         if len(together) > 1 and not dataset.manifest.aligned(together, "train"):
             raise DataError(
-                f"{config.data.uri}: {' and '.join(together)} are not aligned in the train split, {config.name} needs pairs",
+                f"{config.data.uri}: {' and '.join(together)} are not aligned in the train split; "
+                f"{config.name} needs pairs",
                 code="E_DATA_UNALIGNED",
-                hint="pairs have the same file name in both folders; prepare with --layout paired to be told what lacks",
+                hint="a pair has the same file name in both folders; `i2i prepare --layout paired` says what lacks",
             )
     return domains
 
@@ -313,7 +317,8 @@ def _build_engine(
 ) -> Engine:
     # The same initial weights on every worker, on any number of them.
     torch.manual_seed(config.train.seed)
-    system = config.build_system(domains).to(memory_format=torch.channels_last)
+    system = config.build_system(domains)
+    system.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  torch declares no such overload
     settings = EngineConfig(
         total_steps=config.schedule_steps,
         logical_ranks=config.train.logical_ranks,

@@ -1,14 +1,14 @@
 """Train a system, on this machine or on a Ray cluster.
 
-    i2i train cyclegan --data s3://bucket/dataset --domains photo,drawing --workers 4
+i2i train cyclegan --data s3://bucket/dataset --domains photo,drawing --workers 4
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -82,7 +82,9 @@ def plan_run(options: Mapping[str, Any], *, resume: bool = False, extend: bool =
         )
     if refused:
         listed = "; ".join(f"{key} was {before}, now {after}" for key, (before, after) in sorted(refused.items()))
-        raise ConfigError(f"{options['out']} was begun with other settings: {listed}", hint="begin another run for them")
+        raise ConfigError(
+            f"{options['out']} was begun with other settings: {listed}", hint="begin another run for them"
+        )
     return config
 
 
@@ -173,32 +175,32 @@ def _train_on_ray(config: RunConfig, watch: _Watcher, stop: threading.Event) -> 
 
     cluster.connect()
     _check_resources(config, ray.cluster_resources())
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    # Ray Train's own state is scratch: what a run resumes from is in our run directory.
-    name = f"i2i-{time.time_ns():x}"
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": config.to_yaml(), "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=config.train.gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if config.train.gpu else {})},
-        ),
-        run_config=RayRunConfig(
-            name=name, storage_path=_scratch(), failure_config=FailureConfig(max_failures=_MAX_FAILURES)
-        ),
-    )
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     finished = threading.Event()
     poller = threading.Thread(target=_poll, args=(mailbox, watch, stop, finished), name="i2i-progress", daemon=True)
-    poller.start()
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise _cause(error) from error
-    finally:
-        finished.set()
-        poller.join(timeout=10)
-        ray.kill(mailbox)
+    # Ray Train's own state is scratch: what a run resumes from is in our run directory.
+    with tempfile.TemporaryDirectory(prefix="i2i-train-") as scratch:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": config.to_yaml(), "mailbox": mailbox},
+            scaling_config=ScalingConfig(
+                num_workers=config.train.workers,
+                use_gpu=config.train.gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.train.gpu else {})},
+            ),
+            run_config=RayRunConfig(
+                name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=_MAX_FAILURES)
+            ),
+        )
+        poller.start()
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+        finally:
+            finished.set()
+            poller.join(timeout=10)
+            ray.kill(mailbox)
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -216,6 +218,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
 def _poll(mailbox: Any, watch: _Watcher, stop: threading.Event, finished: threading.Event) -> None:
     import ray
+    from ray.exceptions import RayError
 
     asked = False
     while True:
@@ -226,7 +229,7 @@ def _poll(mailbox: Any, watch: _Watcher, stop: threading.Event, finished: thread
                 asked = True
             for event in ray.get(mailbox.take.remote(), timeout=30):
                 watch(event)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             console.warn(f"progress cannot be shown: {type(error).__name__}")
             return
         if last:
@@ -244,7 +247,8 @@ def _check_resources(config: RunConfig, have: Mapping[str, float]) -> None:
     wanted = train.workers * (1 + 0.5 * train.readers)
     if have.get("CPU", 0) < wanted:
         raise ConfigError(
-            f"{train.workers} workers with their readers need {wanted:.0f} CPUs, the cluster has {have.get('CPU', 0):.0f}",
+            f"{train.workers} workers with their readers need {wanted:.0f} CPUs, "
+            f"the cluster has {have.get('CPU', 0):.0f}",
             hint="lower --workers",
         )
 
@@ -259,12 +263,6 @@ def _cause(error: BaseException) -> BaseException:
         inner = next(iter(failures.values()), None) if failures else None
         seen = inner or getattr(seen, "cause", None) or seen.__cause__
     return I2IError(f"training failed: {str(error).strip().splitlines()[-1]}", hint="see Ray's logs with --verbose")
-
-
-def _scratch() -> str:
-    import ray
-
-    return os.path.join(ray._private.worker.global_worker.node.get_session_dir_path(), "i2i")
 
 
 @contextmanager
@@ -300,5 +298,3 @@ def _result(config: RunConfig, done: Mapping[str, Any]) -> TrainResult:
         bundle_sha256=done["bundle_sha256"],
         data_order_sha256=done["data_order_sha256"],
     )
-
-
