@@ -172,11 +172,7 @@ def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, v
         raise ConfigError("--resume needs the run directory", hint="give --out")
     resolved = plan_run(options, resume=resume, extend=extend)
     console.say(f"{resolved.name} for {resolved.train.steps} steps, seed {resolved.train.seed}, into {resolved.out}")
-    if resolved.train.workers:
-        from pipelines import cluster
-
-        cluster.connect(verbose=verbose)
-    result = run(resolved)
+    result = run(resolved, verbose=verbose)
     if as_json:
         _print_json(result)
     elif result.finished:

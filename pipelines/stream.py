@@ -198,6 +198,8 @@ def _split(spec: dict[str, Any], lanes: list[int], start: int, end: int, number:
     from ray.data.block import BlockMetadata
     from ray.data.datasource import ReadTask
 
+    from pipelines.pace import Pace
+
     chunk_bytes = max(_CHUNK_BYTES, _step_bytes(spec, lanes))
     task = ReadTask(
         partial(_read_chunks, spec, lanes, start, end, number, num_readers),
@@ -221,6 +223,7 @@ def _split(spec: dict[str, Any], lanes: list[int], start: int, end: int, number:
     context = dataset.context
     context.target_max_block_size = 1  # a block a chunk: each is passed on as soon as it is there
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         cpu=_READER_CPUS, gpu=0, object_store_memory=max(64 * 2**20, 8 * chunk_bytes)

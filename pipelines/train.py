@@ -88,12 +88,13 @@ def plan_run(options: Mapping[str, Any], *, resume: bool = False, extend: bool =
     return config
 
 
-def train(config: RunConfig, *, parent: str | None = None, progress: bool = True) -> TrainResult:
+def train(config: RunConfig, *, parent: str | None = None, progress: bool = True, verbose: bool = False) -> TrainResult:
     """Run `config` to its end; a run that is there already goes on from its newest verified checkpoint.
 
     Args:
         parent: id of the MLflow run that this one belongs to.
         progress: show the progress line.
+        verbose: show Ray's own log lines.
 
     Raises:
         ConfigError, DataError: the configuration does not fit the data or the cluster, or the run is in use.
@@ -116,7 +117,7 @@ def train(config: RunConfig, *, parent: str | None = None, progress: bool = True
             if config.train.workers == 0:
                 _train_here(config, watch, stop)
             else:
-                _train_on_ray(config, watch, stop)
+                _train_on_ray(config, watch, stop, verbose)
             watch.close()
     done = run.result()
     if done is None or done["steps"] < config.train.steps:
@@ -164,7 +165,7 @@ def _train_here(config: RunConfig, watch: _Watcher, stop: threading.Event) -> No
     train_loop(config, LocalContext(device, on_report=watch, stop=stop))
 
 
-def _train_on_ray(config: RunConfig, watch: _Watcher, stop: threading.Event) -> None:
+def _train_on_ray(config: RunConfig, watch: _Watcher, stop: threading.Event, verbose: bool) -> None:
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -173,7 +174,7 @@ def _train_on_ray(config: RunConfig, watch: _Watcher, stop: threading.Event) -> 
     from pipelines import cluster
     from pipelines.mailbox import Mailbox
 
-    cluster.connect()
+    cluster.connect(verbose=verbose)
     _check_resources(config, ray.cluster_resources())
     mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     finished = threading.Event()
