@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, GRID = "#1c2733", "#6b7785", "#e3e8ee"
 MAIN, SECOND, BAD = "#0072b2", "#e69f00", "#c0392b"  # told apart by the colour-blind
@@ -80,6 +80,7 @@ def weights_against_score(
         axes = _axes(figure, rows, columns, index + 1)
         if bounds.get("log", True):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator())
         for trial in trials:
             _trial_point(axes, trial, trial["weights"][name], best, top)
         axes.set_xlim(bounds["low"] * 0.85 if bounds.get("log", True) else bounds["low"], bounds["high"] * 1.15)
@@ -126,6 +127,7 @@ def _axes(figure: Figure, rows: int, columns: int, index: int) -> Axes:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GRID)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.tick_params(colors=MUTED, labelsize=8, which="both")
     return axes
 

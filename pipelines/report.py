@@ -32,7 +32,7 @@ figcaption{color:#6b7785;font-size:13px;margin-top:4px}
 img{max-width:100%;height:auto;display:block}img.pixels{image-rendering:pixelated;border:1px solid #e3e8ee}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 14px 5px 0;border-bottom:1px solid #eef1f4;white-space:nowrap}
-th{color:#6b7785;font-weight:600}td:first-child,th:first-child{text-align:left}
+th.text{text-align:left}th{color:#6b7785;font-weight:600}td:first-child,th:first-child{text-align:left}
 tr.best td{font-weight:600;background:#eef6fc}td.text{text-align:left;white-space:normal}
 .big{font-size:26px;font-weight:650}.facts{display:flex;flex-wrap:wrap;gap:8px 40px;margin-top:14px}
 .facts div span{display:block;color:#6b7785;font-size:13px}
@@ -231,7 +231,7 @@ def _study(study: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
         values = [f"{trial['weights'][w]:.3g}" for w in weights]
         row = [name, *values, _number(trial.get("score")), trial["step"], status, f"{trial['time_s']:.0f}"]
         rows.append(row)
-    marked = {i for i, trial in enumerate(order) if trial["trial"] == best}
+    marked = frozenset(i for i, trial in enumerate(order) if trial["trial"] == best)
     baseline = study.get("do_nothing")
     figures = _figure(
         charts.weights_against_score(trials, study["space"], best, metric),
@@ -239,7 +239,7 @@ def _study(study: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
     ) + _figure(charts.score_curves(trials, best, metric, baseline), "The score of each trial at its rungs.")
     least = "least" if study["mode"] == "min" else "largest"
     lead = f"{len(trials)} trials of at most {study['steps']:,} steps; the {least} {metric} on {study['split']} wins."
-    note = f"Objective: {study.get('objective_reason', '')} Trials stopped early were not trained to the end."
+    note = f"Why this objective: {study.get('objective_reason', '')}. Trials stopped early were not trained to the end."
     return _section(
         "Search of the loss weights",
         f'<p class="lead">{_e(lead)}</p>{figures}{_table(head, rows, marked)}<p class="note">{_e(note)}</p>',
@@ -260,8 +260,10 @@ def _stages(stages: Sequence[Stage], facts: Mapping[str, Any]) -> str:
     rows = [[stage.name, console.duration(stage.seconds), stage.result] for stage in stages]
     if rows:
         rows.append(["total", console.duration(total), ""])
-    table = _table(["stage", "time", "result"], rows, text_columns={2}) if rows else ""
-    listed = _table(["", ""], [[key, value] for key, value in facts.items()], text_columns={1}) if facts else ""
+    table = _table(["stage", "time", "result"], rows, text_columns=frozenset({2})) if rows else ""
+    listed = (
+        _table(["", ""], [[key, value] for key, value in facts.items()], text_columns=frozenset({1})) if facts else ""
+    )
     return _section("What was run", table + listed)
 
 
@@ -281,16 +283,18 @@ def _figure(png: bytes, caption: str, width: int | None = None, pixels: bool = F
 def _table(
     head: Sequence[Any],
     rows: Sequence[Sequence[Any]],
-    marked: set[int] = frozenset(),
-    text_columns: set[int] = frozenset(),
+    marked: frozenset[int] = frozenset(),
+    text_columns: frozenset[int] = frozenset(),
 ) -> str:
-    lines = ["<tr>" + "".join(f"<th>{_e(cell)}</th>" for cell in head) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th{_left(i, text_columns)}>{_e(c)}</th>" for i, c in enumerate(head)) + "</tr>"]
     for number, row in enumerate(rows):
-        cells = [
-            f'<td class="text">{_e(c)}</td>' if i in text_columns else f"<td>{_e(c)}</td>" for i, c in enumerate(row)
-        ]
+        cells = [f"<td{_left(i, text_columns)}>{_e(cell)}</td>" for i, cell in enumerate(row)]
         lines.append(f"<tr{' class=best' if number in marked else ''}>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _left(column: int, text_columns: frozenset[int]) -> str:
+    return ' class="text"' if column in text_columns else ""
 
 
 def _number(value: Any) -> str:
