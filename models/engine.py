@@ -29,6 +29,8 @@ from models.system import Draws, Phase, StepContext, System
 
 Precision = Literal["fp32", "bf16"]
 
+_TOTAL = "weighted sum"
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -125,7 +127,8 @@ class Engine:
             if i == len(self.config.hosted) - 1:
                 self.sync.watch(parameters)
             torch.autograd.backward(loss, inputs=parameters)
-            for name, term in out.terms.items():
+            # The weighted sum can overflow where its terms do not.
+            for name, term in (*out.terms.items(), (_TOTAL, loss * ranks)):
                 sums[name] = sums.get(name, 0) + term.detach() / ranks
         if not sums:
             return {}
@@ -185,7 +188,8 @@ class Engine:
                         f"step {step}, phase '{phase}': the term '{term}' is {number}",
                         hint="resume with a smaller learning rate or weight, or with --precision fp32",
                     )
-            rows.append({"step": step} | {term: number for (_, term), number in zip(labels, numbers, strict=True)})
+            terms = {term: number for (_, term), number in zip(labels, numbers, strict=True) if term != _TOTAL}
+            rows.append({"step": step, **terms})
         return rows
 
     def state(self) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:

@@ -18,6 +18,9 @@ import typer
 
 from models.errors import ConfigError, I2IError, UserError
 
+# Where results go. Ray prints warnings of its own to stdout, so commands run with stdout turned to stderr.
+_results = sys.stdout
+
 app = typer.Typer(
     help="Image-to-image translation at scale: from images in a bucket to a served generator.",
     no_args_is_help=True,
@@ -35,6 +38,11 @@ Settings = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines.")]
 
 
+@app.callback()
+def _keep_stdout_for_results() -> None:
+    sys.stdout = sys.stderr
+
+
 @app.command()
 def demo(
     keep_serving: Annotated[bool, typer.Option(help="Leave the trained model served until Ctrl-C.")] = False,
@@ -44,7 +52,7 @@ def demo(
     from pipelines.demo import run_demo
 
     report = run_demo(out=out, keep_serving=keep_serving)
-    print(report)
+    _print(report)
 
 
 @app.command()
@@ -88,9 +96,9 @@ def prepare(
         _print_json(result)
         return
     for domain, splits in result.domains.items():
-        print(f"{domain}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
+        _print(f"{domain}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
     if result.quarantined:
-        print(f"{result.quarantined} unusable, listed in {result.report}")
+        _print(f"{result.quarantined} unusable, listed in {result.report}")
 
 
 @app.command()
@@ -105,7 +113,7 @@ def inspect(
     from pipelines.inspect import inspect_dataset
 
     report = inspect_dataset(dataset, verify=verify, sheet=sheet)
-    _print_json(report) if as_json else print(tables.dataset(report))
+    _print_json(report) if as_json else _print(tables.dataset(report))
 
 
 @app.command()
@@ -176,7 +184,7 @@ def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, v
     if as_json:
         _print_json(result)
     elif result.finished:
-        print(result.bundle)
+        _print(result.bundle)
     if not result.finished:
         raise SystemExit(143)
 
@@ -185,7 +193,7 @@ def _dry_run(options: dict[str, Any], as_json: bool) -> None:
     from pipelines.dryrun import describe, dry_run
 
     report = dry_run(options)
-    _print_json(report) if as_json else print(describe(report))
+    _print_json(report) if as_json else _print(describe(report))
 
 
 @app.command()
@@ -221,7 +229,7 @@ def evaluate(
         seed=seed,
         device="cuda" if use_gpu else "cpu",
     )
-    _print_json(result) if as_json else print(tables.evaluation(result))
+    _print_json(result) if as_json else _print(tables.evaluation(result))
 
 
 @app.command()
@@ -258,7 +266,7 @@ def tune(
     config = resolve(merge(parse_settings(settings or []), named))
     cluster.connect(verbose=verbose)
     result = run(config, trials=trials, search=search, objective=objective, concurrent=concurrent)
-    _print_json(result) if as_json else print(describe(result))
+    _print_json(result) if as_json else _print(describe(result))
 
 
 @app.command()
@@ -273,7 +281,7 @@ def promote(
     from pipelines.promote import promote as run
 
     result = run(source, name, alias=alias, force=force)
-    _print_json(result) if as_json else print(f"{result.model} version {result.version} is {result.alias}")
+    _print_json(result) if as_json else _print(f"{result.model} version {result.version} is {result.alias}")
 
 
 @app.command()
@@ -317,7 +325,9 @@ def translate(
     if as_json:
         _print_json(result)
     else:
-        print(f"{result.done} translated, {result.failed} failed" + (f", see {result.report}" if result.failed else ""))
+        _print(
+            f"{result.done} translated, {result.failed} failed" + (f", see {result.report}" if result.failed else "")
+        )
     if result.failed:
         raise SystemExit(1)
 
@@ -332,7 +342,7 @@ def doctor(
     from pipelines.doctor import failed, render
 
     checks = run(data)
-    _print_json([asdict(check) for check in checks]) if as_json else print(render(checks))
+    _print_json([asdict(check) for check in checks]) if as_json else _print(render(checks))
     if failed(checks):
         raise SystemExit(1)
 
@@ -365,7 +375,11 @@ def _exit(message: str, status: int) -> NoReturn:
 
 def _print_json(document: Any) -> None:
     plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
-    print(json.dumps(plain, indent=1))
+    _print(json.dumps(plain, indent=1))
+
+
+def _print(text: Any) -> None:
+    print(text, file=_results, flush=True)
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:

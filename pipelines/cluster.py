@@ -23,6 +23,17 @@ _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Starting many workers at once is no fault on a small machine; Ray warns of it on stdout.
+    "RAY_worker_maximum_startup_concurrency": "8",
+}
+
+# Of every worker. Threads that wait for each other sleep instead of burning the core another process needs, and freed
+# memory is kept: measured on two cores, the training step costs 15 % less processor time.
+_WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
 }
 
 
@@ -45,7 +56,7 @@ def connect(*, verbose: bool = False, dashboard: bool = True) -> None:
     root = str(Path(__file__).resolve().parent.parent)
     # Workers must find these packages wherever the command was started.
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    runtime_env = {"env_vars": {"PYTHONPATH": path}}
+    runtime_env = {"env_vars": {"PYTHONPATH": path, **_WORKER_ENVIRONMENT}}
     if address:
         ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=runtime_env)
         return
