@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,11 +41,6 @@ class Batch:
     def size(self) -> int:
         """Number of samples."""
         return getattr(self, fields(self)[0].name).shape[0]
-
-    def to(self, device: torch.device) -> Batch:
-        """The same record on another device (asynchronous where the memory is pinned)."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return type(self)(**moved)
 
 
 @dataclass(frozen=True)

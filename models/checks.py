@@ -54,3 +54,18 @@ def check_record(
             wrong.append(f"{field}={value(field)!r} (one of {', '.join(map(str, legal))})")
     if wrong:
         raise ConfigError(f"{type(record).__name__}: {'; '.join(wrong)}")
+
+
+def check_patches(size: int, layers: int) -> None:
+    """A PatchGAN of `layers` strided layers must have something to normalise at its last norm.
+
+    Raises:
+        ConfigError: the image side `size` is too small; names the smallest one and the most layers.
+    """
+    if layers >= 1 and size // 2**layers < 3:
+        most = max(n for n in range(layers) if n == 0 or size // 2**n >= 3)
+        raise ConfigError(
+            f"size={size} is too small for d_layers={layers}",
+            code="E_SIZE",
+            hint=f"at least {3 * 2**layers} px, or d_layers={most}",
+        )

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from models.batch import Unpaired
-from models.checks import check_record
+from models.checks import check_patches, check_record
 from models.losses import GAN_MODES, GanMode, gan_fake, gan_generator, gan_real, l1
 from models.nets.init import normal_002
 from models.nets.patchgan import PatchGAN
@@ -76,6 +76,7 @@ class CycleGANConfig:
             multiples={"size": 4},
             choices={"gan_mode": GAN_MODES},
         )
+        check_patches(self.size, self.d_layers)
 
 
 class CycleGAN(System):

@@ -41,6 +41,7 @@ class EngineConfig:
         logical_ranks: V; the global batch is the union of V micro-batches, each with its own random stream and pools.
         hosted: the logical ranks of this process.
         seed: of every random number of the run.
+        precision: of the networks' arithmetic; losses, weights and optimisers are in float32 in any case.
         ema: decay of an exponential moving average of the generators, or None.
     """
 
@@ -64,7 +65,9 @@ class Engine:
     def __init__(
         self, system: System, weights: Any, config: EngineConfig, device: torch.device, sync: GradientSync | None = None
     ) -> None:
-        self.system, self.config, self.device = system.to(device), config, device
+        # Convolutions are fastest channels-last; whatever is stored or sent elsewhere is brought back to this layout.
+        system.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  torch declares none
+        self.system, self.config, self.device = system, config, device
         self.weights: dict[str, float | Schedule] = {f.name: getattr(weights, f.name) for f in fields(weights)}
         self.sync = sync or GradientSync()
         self.optimisers = {name: _adam(system, spec) for name, spec in system.optimisers.items()}
@@ -94,7 +97,8 @@ class Engine:
             values += terms.values()
         if self.config.ema is not None:
             self._update_ema(self.config.ema)
-        self._unread.append((step, labels, torch.stack(values)))
+        if values:
+            self._unread.append((step, labels, torch.stack(values)))
 
     def draws(self, rank: int, step: int, n: int) -> Draws:
         """The random numbers of one logical rank at one step, a function of (seed, rank, step)."""
@@ -188,7 +192,10 @@ class Engine:
                         f"step {step}, phase '{phase}': the term '{term}' is {number}",
                         hint="resume with a smaller learning rate or weight, or with --precision fp32",
                     )
-            terms = {term: number for (_, term), number in zip(labels, numbers, strict=True) if term != _TOTAL}
+            terms: dict[str, float] = {}
+            for (_, term), number in zip(labels, numbers, strict=True):
+                if term != _TOTAL:
+                    terms[term] = terms.get(term, 0.0) + number  # two phases may have a term in common
             rows.append({"step": step, **terms})
         return rows
 
@@ -231,15 +238,12 @@ class Engine:
         for name, average in self.ema.items():
             _load_network(average, _below(shared, f"ema.{name}."), f"ema of {name}")
         for name, optimiser in self.optimisers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in _below(shared, f"optimisers.{name}.").items():
-                index, field = key.split(".", 1)
-                # A copy: the optimiser writes into what it is given.
-                state.setdefault(int(index), {})[field] = value.clone()
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            _load_optimiser(optimiser, _below(shared, f"optimisers.{name}."), name)
         for v, named in self.pools.items():
+            if named and v not in pools:
+                raise ConfigError(f"the stored state holds no replay pools of logical rank {v}", code="E_ARCHITECTURE")
             for name, pool in named.items():
-                images = pools.get(v, {}).get(f"{name}.images")
+                images = pools[v].get(f"{name}.images")
                 pool.load_state_dict({} if images is None else {"images": images.to(self.device)})
 
     def inference_system(self) -> System:
@@ -288,6 +292,24 @@ def _load_network(network: nn.Module, tensors: Mapping[str, Tensor], name: str) 
             hint="use the system's settings of the stored run (its run.yaml)",
         )
     network.load_state_dict(dict(tensors))
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, field = key.split(".", 1)
+        parameter = parameters[int(index)] if int(index) < len(parameters) else None
+        if parameter is not None and value.shape == parameter.shape:
+            # Adam's fused kernel walks moments and parameters side by side: both need the same layout in memory.
+            value = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
+        state.setdefault(int(index), {})[field] = value.clone()
+    if state and set(state) != set(range(len(parameters))):
+        raise ConfigError(
+            f"the stored optimiser '{name}' has {len(state)} entries, this one has {len(parameters)}",
+            code="E_ARCHITECTURE",
+        )
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

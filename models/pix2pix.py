@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.batch import Paired
-from models.checks import check_record
+from models.checks import check_patches, check_record
 from models.errors import ConfigError
 from models.losses import GAN_MODES, GanMode, gan_fake, gan_generator, gan_real, l1
 from models.nets.init import normal_002
@@ -81,6 +81,7 @@ class Pix2PixConfig:
             fractions=("beta1", "decay_begin", "dropout"),
             choices={"gan_mode": GAN_MODES, "statistics": ("batch", "sample")},
         )
+        check_patches(self.size, self.d_layers)
         multiple = 2**self.num_levels
         if self.size % multiple:
             near = max(multiple, round(self.size / multiple) * multiple)

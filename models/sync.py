@@ -67,7 +67,9 @@ class GradientSync:
         for bucket, flat, work in self._launched:
             work.wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = part.view_as(parameter).clone(memory_format=torch.preserve_format)
+                # In the layout of the parameter: fused optimisers walk both side by side.
+                parameter.grad = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                parameter.grad.copy_(part.view(parameter.shape))
         dist.all_reduce(flag)
         self._launched.clear()
         self._buckets = []

@@ -145,7 +145,10 @@ class System(nn.Module):
         raise NotImplementedError
 
     def draw(self, generator: torch.Generator, n: int) -> Draws:
-        """Every random number that one step on `n` samples needs, on the CPU; made outside compiled code."""
+        """Every random number that one step on `n` samples needs, on the CPU; made outside compiled code.
+
+        What is named `pool…` stays on the CPU, where the replay pools decide; the rest goes to the device.
+        """
         return {}
 
     def translate(self, x: Tensor, condition: Condition) -> Tensor:

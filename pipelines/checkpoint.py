@@ -16,14 +16,14 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from models.errors import CheckpointError, DataError, I2IError
+from models.errors import CheckpointError, DataError
 from pipelines import console
 from pipelines.storage import Store
 
@@ -33,6 +33,9 @@ META = "state.json"
 KEEP = 2
 _FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
+
+# What the store says of an object that is not what was written.
+_DAMAGE = {"E_DIGEST", "E_NOT_FOUND"}
 
 FileDigests = dict[str, dict[str, Any]]
 
@@ -92,33 +95,56 @@ def commit(store: Store, name: str, digests: FileDigests) -> None:
     _prune(store)
 
 
-def latest(store: Store, load_pools: bool = True) -> Checkpoint | None:
-    """The newest complete and verified checkpoint, or None; those skipped are named on stderr."""
+def latest(store: Store, ranks: Collection[int] | None = None) -> Checkpoint | None:
+    """The newest complete and verified checkpoint, or None where no run got as far; those skipped are named on stderr.
+
+    Args:
+        ranks: logical ranks whose replay pools are wanted; None for all.
+
+    Raises:
+        CheckpointError: there are complete ones, and all of them are damaged.
+        StorageError, DataError: the store cannot be read; that says nothing of the checkpoints.
+    """
     found = _directories(store)
     for name in sorted(found, key=_step_of, reverse=True):
         try:
-            return _load(store, name, found[name], load_pools)
-        except I2IError as error:
+            return _load(store, name, found[name], ranks)
+        except (CheckpointError, DataError) as error:
+            if isinstance(error, DataError) and error.code not in _DAMAGE:
+                raise
             console.warn(f"checkpoint {name} is skipped: {error}")
+    damaged = [name for name, files in found.items() if COMPLETE in files]
+    if damaged:
+        raise CheckpointError(
+            f"{store.uri}: none of {len(damaged)} checkpoints can be verified",
+            hint="restore one of them, or begin another run",
+        )
     return None
 
 
-def _load(store: Store, name: str, files: set[str], load_pools: bool) -> Checkpoint:
+def discard_after(store: Store, kept: Checkpoint) -> None:
+    """Delete what claims to be as new as `kept` or newer: it was skipped for a reason, and its steps are done again."""
+    for name, files in _directories(store).items():
+        if name != kept.name and _step_of(name) >= kept.step:
+            _delete(store, name, files)
+
+
+def _load(store: Store, name: str, files: set[str], ranks: Collection[int] | None) -> Checkpoint:
     if COMPLETE not in files:
         raise CheckpointError("it was never completed")
     try:
         digests = json.loads(store.read(f"{_FOLDER}/{name}/{COMPLETE}"))["files"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{COMPLETE} cannot be read") from None
-    raw = {}
+    raw, pools = {}, {}
     for file, entry in digests.items():
-        raw[file] = store.read_verified(f"{_FOLDER}/{name}/{file}", entry["sha256"], entry["bytes"])
-    meta = json.loads(raw[META])
-    pools = {}
-    for file in digests:
         match = re.fullmatch(r"pools-(\d+)\.safetensors", file)
-        if match and load_pools:
+        if match and ranks is not None and int(match[1]) not in ranks:
+            continue
+        raw[file] = store.read_verified(f"{_FOLDER}/{name}/{file}", entry["sha256"], entry["bytes"])
+        if match:
             pools[int(match[1])] = safetensors.torch.load(raw[file])
+    meta = json.loads(raw[META])
     return Checkpoint(name, meta["step"], safetensors.torch.load(raw[STATE]), pools, meta)
 
 
@@ -147,6 +173,10 @@ def _prune(store: Store) -> None:
     for name, files in found.items():
         if name in complete[-KEEP:] or (_step_of(name) > oldest_kept and COMPLETE not in files):
             continue
-        # COMPLETE goes first: a deletion that stops half-way leaves nothing that looks like a checkpoint.
-        for file in sorted(files, key=lambda f: f != COMPLETE):
-            store.delete(f"{_FOLDER}/{name}/{file}")
+        _delete(store, name, files)
+
+
+def _delete(store: Store, name: str, files: set[str]) -> None:
+    # COMPLETE goes first: a deletion that stops half-way leaves nothing that looks like a checkpoint.
+    for file in sorted(files, key=lambda f: f != COMPLETE):
+        store.delete(f"{_FOLDER}/{name}/{file}")

@@ -7,7 +7,7 @@ user's mistake, 1 a failure of ours, 143 after SIGTERM. Everything heavy is impo
 from __future__ import annotations
 
 import json
-import os
+import math
 import sys
 import time
 from dataclasses import asdict, is_dataclass
@@ -71,6 +71,7 @@ def prepare(
     ] = None,
     size: Annotated[int | None, typer.Option(metavar="PX", help="Shrink larger images to this side.")] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unusable images that is put up with.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the cut in splits.")] = 0,
     licence: Annotated[str | None, typer.Option(help="Licence of the images; recorded with the data.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -79,17 +80,19 @@ def prepare(
     from pipelines import cluster
     from pipelines.prepare import prepare as run
 
+    selected = _pairs(select or [], "--select")
     cluster.connect(verbose=verbose)
     result = run(
         src,
         dest,
         layout=layout,
-        select=_pairs(select or [], "--select"),
+        select=selected,
         val=val,
         test=test,
         group=group,
         size=size,
         max_bad=max_bad,
+        seed=seed,
         licence=licence,
     )
     if as_json:
@@ -144,7 +147,7 @@ def train(
     named = {
         "name": system,
         "out": out,
-        "data": {"uri": data, "domains": tuple(domains.split(",")) if domains else None},
+        "data": {"uri": data, "domains": _names(domains)},
         "system": {"size": size},
         "train": {
             "steps": steps,
@@ -156,7 +159,8 @@ def train(
             "deterministic": deterministic,
         },
     }
-    base = load_document(Path(config).read_bytes()) if config and _is_file(config) else {}
+    base = load_document(_read(config)) if config else {}
+    base.pop("out", None)  # a stored run's settings are taken, not its place
     options = merge(merge(merge({}, base), parse_settings(settings or [])), named)
     if dry_run:
         _dry_run(options, as_json)
@@ -166,7 +170,6 @@ def train(
 
 def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, verbose: bool) -> None:
     from models import system_class
-    from pipelines import console
     from pipelines.train import plan_run
     from pipelines.train import train as run
 
@@ -179,7 +182,6 @@ def _train(options: dict[str, Any], resume: bool, extend: bool, as_json: bool, v
     elif not options.get("out"):
         raise ConfigError("--resume needs the run directory", hint="give --out")
     resolved = plan_run(options, resume=resume, extend=extend)
-    console.say(f"{resolved.name} for {resolved.train.steps} steps, seed {resolved.train.seed}, into {resolved.out}")
     result = run(resolved, verbose=verbose)
     if as_json:
         _print_json(result)
@@ -216,18 +218,17 @@ def evaluate(
     from pipelines import tables
     from pipelines.evaluate import evaluate as run
 
-    use_gpu = _has_gpu() if gpu is None else gpu
     result = run(
         bundle,
         data,
         split=split,
-        metrics=metrics.split(",") if metrics else None,
+        metrics=_names(metrics),
         features=features,
         source=source,
         to=to,
         limit=limit,
         seed=seed,
-        device="cuda" if use_gpu else "cpu",
+        device="cuda" if _use_gpu(gpu) else "cpu",
     )
     _print_json(result) if as_json else _print(tables.evaluation(result))
 
@@ -239,13 +240,16 @@ def tune(
     domains: Annotated[str | None, typer.Option(metavar="A,B", help="Domains in order.")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Study directory.")] = None,
     trials: Annotated[int, typer.Option(help="How many weightings are tried.")] = 16,
-    steps: Annotated[int, typer.Option(help="Longest trial.")] = 1000,
+    steps: Annotated[int | None, typer.Option(help="Length of a trial that is not stopped; default 1000.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     size: Annotated[int | None, typer.Option(metavar="PX", help="Side of the training images.")] = None,
+    scheduler: Annotated[str, typer.Option(help="asha (stops the worse half early) or none.")] = "asha",
     search: Annotated[str, typer.Option(help="random or optuna.")] = "random",
+    features: Annotated[str, typer.Option(metavar="NAME[:URI]", help="As for evaluate.")] = "random_v1",
     objective: Annotated[str | None, typer.Option(help="Held-out metric; default: of the tune space.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: one a core.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the search and of every trial.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the search and of every trial; default 0.")] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
     settings: Settings = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -259,13 +263,22 @@ def tune(
     named = {
         "name": system,
         "out": out or f"runs/tune-{system}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}",
-        "data": {"uri": data, "domains": tuple(domains.split(",")) if domains else None},
+        "data": {"uri": data, "domains": _names(domains)},
         "system": {"size": size},
-        "train": {"steps": steps, "batch": batch, "workers": 0, "seed": seed, "gpu": _has_gpu()},
+        "train": {"steps": steps, "batch": batch, "seed": seed, "gpu": gpu},
     }
-    config = resolve(merge(parse_settings(settings or []), named))
+    defaults = {"train": {"steps": 1000, "workers": 0, "seed": 0, "gpu": _has_gpu()}}
+    config = resolve(merge(merge(defaults, parse_settings(settings or [])), named))
     cluster.connect(verbose=verbose)
-    result = run(config, trials=trials, search=search, objective=objective, concurrent=concurrent)
+    result = run(
+        config,
+        trials=trials,
+        scheduler=scheduler,
+        search=search,
+        objective=objective,
+        concurrent=concurrent,
+        features=features,
+    )
     _print_json(result) if as_json else _print(describe(result))
 
 
@@ -319,17 +332,16 @@ def translate(
     from pipelines.translate import translate as run
 
     cluster.connect(verbose=verbose)
-    use_gpu = _has_gpu() if gpu is None else gpu
     condition = Condition(to=to, source=source)
-    result = run(bundle, src, dest, condition, workers=workers, resume=resume, gpu=use_gpu)
+    result = run(bundle, src, dest, condition, workers=workers, resume=resume, gpu=_use_gpu(gpu))
     if as_json:
         _print_json(result)
     else:
         _print(
             f"{result.done} translated, {result.failed} failed" + (f", see {result.report}" if result.failed else "")
         )
-    if result.failed:
-        raise SystemExit(1)
+    if result.failed and not (result.done or result.skipped):
+        raise UserError("no image could be translated", hint=f"see {result.report}")
 
 
 @app.command()
@@ -375,7 +387,16 @@ def _exit(message: str, status: int) -> NoReturn:
 
 def _print_json(document: Any) -> None:
     plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
-    _print(json.dumps(plain, indent=1))
+    _print(json.dumps(_finite(plain), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not a finite number is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(text: Any) -> None:
@@ -392,10 +413,21 @@ def _pairs(given: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def _is_file(path: str) -> bool:
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such file")
-    return True
+def _read(uri: str) -> bytes:
+    from pipelines.storage import Store, split
+
+    folder, name = split(uri)
+    return Store(folder).read(name)
+
+
+def _names(given: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in given.split(",")) if given else None
+
+
+def _use_gpu(wanted: bool | None) -> bool:
+    if wanted and not _has_gpu():
+        raise ConfigError("--gpu: this machine has no GPU that torch can use", hint="leave it out, or give --cpu")
+    return _has_gpu() if wanted is None else wanted
 
 
 def _has_gpu() -> bool:

@@ -21,6 +21,8 @@ from models.errors import ConfigError, nearest
 from models.system import System
 from pipelines.storage import absolute
 
+SECTIONS = ("data", "system", "weights", "schedule", "train")
+
 _MAX_DOCUMENT_BYTES = 1_000_000
 
 
@@ -130,7 +132,7 @@ def resolve(options: Mapping[str, Any]) -> RunConfig:
         ConfigError: all mistakes in one message: unknown keys with the nearest known one, values out of range, numbers
             that do not fit together.
     """
-    options = {k: dict(v) if isinstance(v, Mapping) else v for k, v in options.items()}
+    options = {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in options.items()}
     unknown = sorted(set(options) - set(RunConfig.model_fields))
     if unknown:
         raise ConfigError(f"unknown setting '{unknown[0]}'", hint=nearest(unknown[0], RunConfig.model_fields))
@@ -138,15 +140,7 @@ def resolve(options: Mapping[str, Any]) -> RunConfig:
     problems: list[str] = []
     options["system"] = _record(cls.Config, options.get("system") or {}, "system", problems)
     options["weights"] = _weights(cls.Weights, options.get("weights") or {}, problems)
-    train = options.setdefault("train", {})
-    defaults = {
-        "steps": cls.published_steps,
-        "batch": cls.published_batch,
-        "seed": secrets.randbelow(2**31),
-        "logical_ranks": max(1, int(train.get("workers") or 1)) if str(train.get("workers", 1)).isdigit() else 1,
-        "precision": default_precision(bool(train.get("gpu"))),
-    }
-    options["train"] = {**defaults, **{k: v for k, v in train.items() if v is not None}}
+    options["train"] = {**_train_defaults(cls, options.get("train") or {}), **(options.get("train") or {})}
     config = None
     try:
         config = RunConfig.model_validate(options)
@@ -162,6 +156,20 @@ def resolve(options: Mapping[str, Any]) -> RunConfig:
     return config.model_copy(update={"out": absolute(config.out), "data": data})
 
 
+def _train_defaults(cls: type[System], train: Mapping[str, Any]) -> dict[str, Any]:
+    workers, ranks = train.get("workers", 1), train.get("logical_ranks")
+    if not isinstance(ranks, int):
+        ranks = workers if isinstance(workers, int) else 1
+    ranks = max(1, ranks)
+    return {
+        "steps": cls.published_steps,
+        "batch": math.ceil(cls.published_batch / ranks) * ranks,
+        "seed": secrets.randbelow(2**31),
+        "logical_ranks": ranks,
+        "precision": default_precision(bool(train.get("gpu"))),
+    }
+
+
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`["weights.cycle=5", "train.ema=0.999"]` → nested mappings; values are read as YAML.
 
@@ -174,15 +182,18 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and key):
             raise ConfigError(f"--set {setting}: not of the form section.key=value", hint="for example weights.cycle=5")
-        sections = ("data", "system", "weights", "schedule", "train")
-        if section not in sections:
-            raise ConfigError(f"--set {setting}: unknown section '{section}'", hint=nearest(section, sections))
+        if section not in SECTIONS:
+            raise ConfigError(f"--set {setting}: unknown section '{section}'", hint=nearest(section, SECTIONS))
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting}: the value cannot be read", hint="quote text that holds ': '") from None
         result.setdefault(section, {})[key] = value
     return result
+
+
+def _without_none(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in section.items() if v is not None}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,15 +224,20 @@ def default_precision(gpu: bool) -> Literal["fp32", "bf16"]:
 def _document(text: str | bytes) -> dict[str, Any]:
     if len(text) > _MAX_DOCUMENT_BYTES:
         raise ConfigError(f"the configuration has {len(text):,} bytes; at most {_MAX_DOCUMENT_BYTES:,} are read")
-    text = text.decode() if isinstance(text, bytes) else text
-    if "&" in text and "*" in text and any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text)):
-        raise ConfigError("the configuration uses YAML aliases", hint="write the values out")
     try:
+        text = text.decode() if isinstance(text, bytes) else text
+        if "&" in text and "*" in text and any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text)):
+            raise ConfigError("the configuration uses YAML aliases", hint="write the values out")
         document = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise ConfigError("the configuration is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the configuration is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(document, dict):
         raise ConfigError("the configuration is not a mapping of sections")
+    flat = [key for key in SECTIONS if key in document and not isinstance(document[key], dict)]
+    if flat:
+        raise ConfigError(f"the configuration's section '{flat[0]}' is not a mapping")
     return document
 
 
@@ -256,7 +272,7 @@ def _weights(cls: type, given: Any, problems: list[str]) -> dict[str, Any]:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not (math.isfinite(number) and number >= 0):
+        if isinstance(value, bool) or not (math.isfinite(number) and number >= 0):
             problems.append(f"weights.{key}={value}: a finite number of at least 0 is needed")
         else:
             values[key] = number
@@ -276,6 +292,8 @@ def _readable(error: Any) -> str:
 def _fit(config: RunConfig) -> list[str]:
     """What is wrong between settings that are each legal."""
     train, wrong = config.train, []
+    if not any(config.weights.values()):
+        wrong.append("every loss weight is 0: there is nothing to train")
     if train.batch % train.logical_ranks:
         near = max(1, round(train.batch / train.logical_ranks)) * train.logical_ranks
         wrong.append(

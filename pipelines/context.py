@@ -6,14 +6,15 @@ The loop (`pipelines.loop`) is written against `WorkerContext` and imports no Ra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from pipelines import console
 from pipelines.reader import SampleReader
-from pipelines.stream import StepBatch, local_stream, ray_stream
+from pipelines.stream import ReadAhead, StepBatch, local_stream, ray_stream
 
 
 class WorkerContext(Protocol):
@@ -21,9 +22,10 @@ class WorkerContext(Protocol):
 
     rank: int
     world: int
+    local_world: int  # processes on this machine
     device: torch.device
 
-    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> Iterator[StepBatch]:
+    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> ReadAhead[StepBatch]:
         """Micro-batches of the hosted lanes for the steps [start, end), in order."""
         ...
 
@@ -47,11 +49,12 @@ class LocalContext:
         stop: threading.Event | None = None,
     ) -> None:
         self.rank, self.world = _group()
+        self.local_world = self.world
         self.device = device or torch.device("cpu")
         self._on_report = on_report
         self._stop = stop or threading.Event()
 
-    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> Iterator[StepBatch]:
+    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> ReadAhead[StepBatch]:
         return local_stream(reader, lanes, start, end)
 
     def report(self, event: Mapping[str, Any]) -> bool:
@@ -70,16 +73,23 @@ class RayContext:
         import ray.train.torch
 
         self.rank, self.world = _group()
+        self.local_world = ray.train.get_context().get_local_world_size()
         self.device = ray.train.torch.get_device()
         self._mailbox, self._readers = mailbox, readers
 
-    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> Iterator[StepBatch]:
+    def stream(self, reader: SampleReader, lanes: list[int], start: int, end: int) -> ReadAhead[StepBatch]:
         return ray_stream(reader.spec, lanes, start, end, self._readers)
 
     def report(self, event: Mapping[str, Any]) -> bool:
         import ray
+        from ray.exceptions import RayError
 
-        return ray.get(self._mailbox.put.remote(dict(event)))
+        try:
+            return ray.get(self._mailbox.put.remote(dict(event)), timeout=30)
+        except RayError as error:
+            # Nobody may be watching any more; that is no reason to stop training.
+            console.warn(f"progress could not be reported: {type(error).__name__}")
+            return False
 
 
 def _group() -> tuple[int, int]:

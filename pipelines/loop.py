@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from models import codec, system_class
 from models.batch import Batch
 from models.engine import Engine, EngineConfig
-from models.errors import CheckpointError, ConfigError, DataError
+from models.errors import ConfigError, DataError
 from models.sync import GradientSync
 from models.system import System
-from pipelines import checkpoint, console
+from pipelines import run_state
 from pipelines.config import RunConfig
 from pipelines.grid import to_tensor, translation_grid
 from pipelines.reader import SampleReader, iterate_split
@@ -43,6 +40,7 @@ if TYPE_CHECKING:
 Evaluate = Callable[[int, System], Mapping[str, float]]
 
 _NUM_SAMPLES = 8
+_LOOK_UP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,13 @@ def train_loop(
     run = RunDirectory(config.out)
     hosted = tuple(range(context.rank, config.train.logical_ranks, context.world))
     engine = _build_engine(config, context, domains, hosted)
-    start, orders = _restore(run, engine, dataset, config, hosted)
+    found = run_state.restore(run.store, engine, dataset, context, hosted)
+    start = found.step if found else 0
+    orders = {v: found.meta["orders"][str(v)] if found else "" for v in hosted}
+    scores = dict(found.meta["scores"]) if found else {}
     if context.rank == 0:
         run.resume_metrics(start)
-    loop = _Loop(config, context, run, dataset, domains, engine, orders, evaluate, evaluate_every)
+    loop = _Loop(config, context, run, dataset, domains, engine, orders, scores, evaluate, evaluate_every)
     return loop.run_from(start, hosted)
 
 
@@ -149,46 +150,52 @@ class _Loop:
         domains: tuple[str, ...],
         engine: Engine,
         orders: dict[int, str],
+        scores: dict[str, float],
         evaluate: Evaluate | None,
         evaluate_every: int | None,
     ) -> None:
         self.config, self.context, self.run, self.dataset = config, context, run, dataset
         self.domains, self.engine, self.orders = domains, engine, orders
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.scores = scores
         self.samples: dict[str, np.ndarray] = {}
-        self.scores: dict[str, float] = {}
+        self.logged = 0
         self.clock = _Clock()
 
     def run_from(self, start: int, hosted: tuple[int, ...]) -> LoopResult:
         train = self.config.train
         stream = self.context.stream(self._reader(), list(hosted), start, train.steps)
-        step, logged, saved, stop = start, start, start, False
+        step, stop = start, False
+        self.logged = start
         self.clock = _Clock()
-        while step < train.steps and not stop:
-            waiting = time.monotonic()
-            batch = next(stream)
-            self.clock.waited += time.monotonic() - waiting
-            assert batch.step == step, f"the stream gave step {batch.step} instead of {step}"
-            self.engine.step(step, self._to_device(batch))
-            step += 1
-            if step % train.log_every == 0 or step == train.steps:
-                stop = self._log(step, step - logged)
-                logged = step
-            if step % train.checkpoint_every == 0 or step == train.steps or stop:
-                # Terms are read first: a checkpoint must not hold the result of a step that was not finite.
-                stop = self._log(step, step - logged) or stop if logged < step else stop
-                logged = step
+        try:
+            while step < train.steps and not stop:
+                waiting = time.monotonic()
+                batch = next(stream)
+                self.clock.waited += time.monotonic() - waiting
+                assert batch.step == step, f"the stream gave step {batch.step} instead of {step}"
+                self.engine.step(step, self._to_device(batch))
+                step += 1
+                last = step == train.steps
+                if step % train.log_every == 0 or last or self._impatient():
+                    stop = self._log(step)
                 with self.clock.pause():
-                    self._save(step)
-                saved = step
-            if step % train.sample_every == 0 or step == train.steps:
-                with self.clock.pause():
-                    self._sample(step)
-            if self.evaluate and (step == train.steps or (self.evaluate_every and step % self.evaluate_every == 0)):
-                with self.clock.pause():
-                    stop = self._evaluate(step) or stop
-        assert saved == step or start == step, "every way out of the loop saves"
+                    if step % train.sample_every == 0 or last:
+                        self._sample(step)
+                    if self.evaluate and (last or (self.evaluate_every and step % self.evaluate_every == 0)):
+                        stop = self._agree(self._evaluate(step)) or stop
+                if step % train.checkpoint_every == 0 or last or stop:
+                    # Terms are read first: a checkpoint must not hold the result of a step that was not finite.
+                    stop = self._log(step) or stop
+                    with self.clock.pause():
+                        self._save(step)
+        finally:
+            stream.close()
         return self._finish(step)
+
+    def _impatient(self) -> bool:
+        """Whether a lone process should look up: slow steps must not delay a stop by a whole logging window."""
+        return self.context.world == 1 and time.monotonic() - self.clock.started > _LOOK_UP_S
 
     def _to_device(self, batch: StepBatch) -> dict[int, Batch]:
         system, device = self.engine.system, self.context.device
@@ -200,8 +207,11 @@ class _Loop:
             result[lane] = system.batch(**images)
         return result
 
-    def _log(self, step: int, count: int) -> bool:
-        """Read the terms of the window, write them down, and ask whether to stop. Collective."""
+    def _log(self, step: int) -> bool:
+        """Read the terms since the last call, write them down, and ask whether to stop. Collective."""
+        count, self.logged = step - self.logged, step
+        if not count:
+            return False
         rows = self.engine.read()
         seconds = max(time.monotonic() - self.clock.started - self.clock.paused, 1e-9)
         stop = False
@@ -219,30 +229,21 @@ class _Loop:
             self.run.add_metrics(row)
             stop = self.context.report({"kind": "metrics", **row})
         self.clock = _Clock()
-        # All processes leave the loop at the same step.
+        return self._agree(stop)
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop: all leave the loop at the same step. Collective."""
         return bool(self.engine.sync.sum(torch.tensor(float(stop), device=self.context.device)).item())
 
     def _save(self, step: int) -> None:
-        shared, pools = self.engine.state()
-        name = _from_first(checkpoint.new_name(step))
-        parts = {f"pools-{v}.safetensors": checkpoint.pack(tensors) for v, tensors in pools.items()}
-        orders = _gather(self.orders)
+        about = {
+            "index_digest": self.dataset.manifest.digest,
+            "scores": self.scores,
+            "config": self.config.model_dump(mode="json"),
+        }
+        run_state.save(self.run.store, step, self.engine, self.orders, self.context, about)
         if self.context.rank == 0:
-            meta = {
-                "step": step,
-                "orders": {str(v): order for part in orders for v, order in part.items()},
-                "logical_ranks": self.config.train.logical_ranks,
-                "index_digest": self.dataset.manifest.digest,
-                "environment": _environment(),
-                "config": self.config.model_dump(mode="json"),
-            }
-            parts[checkpoint.STATE] = checkpoint.pack(shared)
-            parts[checkpoint.META] = json.dumps(meta, indent=1, sort_keys=True).encode()
-        digests = _gather(checkpoint.write_part(self.run.store, name, parts))
-        if self.context.rank == 0:
-            checkpoint.commit(self.run.store, name, {k: v for part in digests for k, v in part.items()})
             self.run.flush_metrics()
-        _barrier()
 
     def _sample(self, step: int) -> None:
         if self.context.rank != 0:
@@ -266,7 +267,7 @@ class _Loop:
         return self.context.report({"kind": "scores", "step": step, **self.scores})
 
     def _finish(self, step: int) -> LoopResult:
-        orders = {v: order for part in _gather(self.orders) for v, order in part.items()}
+        orders = {v: order for part in run_state.gather(self.orders) for v, order in part.items()}
         order = hashlib.sha256("".join(orders[v] for v in sorted(orders)).encode()).hexdigest()
         finished = step >= self.config.train.steps
         digest = None
@@ -304,7 +305,7 @@ class _Loop:
 
 def _prepare_torch(config: RunConfig, context: WorkerContext) -> None:
     cores = os.cpu_count() or 1
-    torch.set_num_threads(config.train.threads or max(1, cores // max(1, context.world)))
+    torch.set_num_threads(config.train.threads or max(1, cores // context.local_world))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -318,7 +319,6 @@ def _build_engine(
     # The same initial weights on every worker, on any number of them.
     torch.manual_seed(config.train.seed)
     system = config.build_system(domains)
-    system.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  torch declares no such overload
     settings = EngineConfig(
         total_steps=config.schedule_steps,
         logical_ranks=config.train.logical_ranks,
@@ -328,56 +328,3 @@ def _build_engine(
         ema=config.train.ema,
     )
     return Engine(system, config.build_weights(), settings, context.device, GradientSync())
-
-
-def _restore(
-    run: RunDirectory, engine: Engine, dataset: Dataset, config: RunConfig, hosted: tuple[int, ...]
-) -> tuple[int, dict[int, str]]:
-    """(steps done, order digest of each hosted lane), from the newest verified checkpoint if there is one."""
-    found = checkpoint.latest(run.store)
-    agreed = _from_first(found.name if found else "")
-    if agreed != (found.name if found else ""):
-        raise CheckpointError(f"workers see different checkpoints in {run.store.uri}; it must be shared storage")
-    if found is None:
-        return 0, dict.fromkeys(hosted, "")
-    if found.meta["index_digest"] != dataset.manifest.digest:
-        raise DataError(
-            f"{config.data.uri} is not the dataset that this run was begun with "
-            f"(digest {dataset.manifest.digest[:12]}…, then {found.meta['index_digest'][:12]}…)",
-            hint="restore it, or begin another run",
-        )
-    now, then = _environment(), found.meta["environment"]
-    for name in now:
-        if now[name] != then.get(name):
-            console.warn(f"{name} is {now[name]}, was {then.get(name)}: the run may not continue bit for bit")
-    engine.load_state(found.shared, found.pools)
-    return found.step, {v: found.meta["orders"][str(v)] for v in hosted}
-
-
-def _environment() -> dict[str, Any]:
-    """What besides the configuration can change the bits of a result."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "code": code_version(),
-    }
-
-
-def _gather(value: Any) -> list[Any]:
-    """`value` of every process, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: str) -> str:
-    """Rank 0's value, on every process."""
-    return _gather(value)[0]
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -11,6 +11,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._stop = False
+        self._failure: tuple[str, str, str, str | None] | None = None
 
     def put(self, event: dict[str, Any]) -> bool:
         """Add an event; whether the run is asked to stop."""
@@ -21,6 +22,14 @@ class Mailbox:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def fail(self, kind: str, message: str, code: str, hint: str | None) -> None:
+        """Note an error that another attempt would meet again; the first one counts."""
+        self._failure = self._failure or (kind, message, code, hint)
+
+    def failure(self) -> tuple[str, str, str, str | None] | None:
+        """What `fail` was given: name of the class, message, code, hint."""
+        return self._failure
 
     def ask_to_stop(self) -> None:
         """Let the next `put` answer True."""

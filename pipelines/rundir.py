@@ -16,6 +16,7 @@ from pipelines.storage import Store
 RUN = "run.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+TRACKING = "mlflow-run-id"
 BUNDLE = "bundle"
 
 
@@ -39,6 +40,13 @@ class RunDirectory:
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.store.write(RESULT, json.dumps(result, indent=1).encode())
+
+    def tracking_id(self) -> str | None:
+        """Id of the MLflow run that an earlier attempt began, or None."""
+        return self.store.read(TRACKING).decode() if self.store.exists(TRACKING) else None
+
+    def write_tracking_id(self, run_id: str) -> None:
+        self.store.write(TRACKING, run_id.encode())
 
     def write_sample(self, step: int, png: bytes) -> None:
         self.store.write(f"samples/step-{step:08d}.png", png)

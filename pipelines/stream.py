@@ -149,6 +149,7 @@ def _ray_steps(spec: dict[str, Any], lanes: list[int], step: int, end: int, num_
             for batch in _execution(spec, lanes, step, end, num_readers):
                 yield batch
                 step = batch.step + 1
+                restarts = 0
         except (RayError, I2IError) as error:
             _raise_ours(error)
             restarts += 1

@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from models.errors import ConfigError, I2IError
-from pipelines import console
+from models.errors import ConfigError
+from pipelines import cluster, console
 from pipelines.config import RunConfig, merge, resolve
+from pipelines.context import LocalContext
+from pipelines.group import check_resources, train_on_ray
 from pipelines.lease import Lease
+from pipelines.loop import resolve_domains, train_loop
 from pipelines.rundir import BUNDLE, RunDirectory
+from pipelines.shards import open_dataset
 from pipelines.storage import join
 from pipelines.tracking import EXPERIMENT, Tracker
-
-_POLL_S = 0.5
-_START_TIMEOUT_S = 60.0
-_MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class TrainResult:
     finished: bool
     bundle_sha256: str | None
     data_order_sha256: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan_run(options: Mapping[str, Any], *, resume: bool = False, extend: bool = False) -> RunConfig:
@@ -71,10 +67,18 @@ def plan_run(options: Mapping[str, Any], *, resume: bool = False, extend: bool =
     base = stored.model_dump(mode="json")
     config = resolve(merge(base, options))
     changed = _differences(base, config.model_dump(mode="json"))
-    allowed = {"train.workers", "train.threads", "train.gpu", "train.readers", "data.cache_gb"}
+    # What changes neither the weights of a step nor the order of samples; the dataset is known by its digest.
+    allowed = {"out", "data.uri", "data.cache_gb"}
+    allowed |= {f"train.{k}" for k in ("workers", "threads", "gpu", "readers", "log_every", "sample_every")}
+    allowed |= {"train.checkpoint_every"}
     if extend:
         allowed.add("train.steps")
     refused = {k: v for k, v in changed.items() if k not in allowed}
+    if extend and config.train.steps < stored.train.steps:
+        raise ConfigError(
+            f"--extend: {options['out']} was begun with {stored.train.steps} steps, {config.train.steps} are fewer",
+            hint="give more --steps",
+        )
     if "train.steps" in refused:
         before, after = refused["train.steps"]
         raise ConfigError(
@@ -105,33 +109,58 @@ def train(config: RunConfig, *, parent: str | None = None, progress: bool = True
     if done is not None and done["steps"] >= config.train.steps:
         console.say(f"{config.out} is finished already ({done['steps']} steps)")
         return _result(config, done)
+    # What the user can have got wrong is looked at before anything is started or written.
+    resolve_domains(config, open_dataset(config.data.uri))
     with Lease(run.store):
+        if config.train.workers:
+            # Ray installs a handler for SIGTERM of its own: ours must come after it.
+            cluster.connect(verbose=verbose)
+            check_resources(config)
+        elif config.train.gpu and not torch.cuda.is_available():
+            raise ConfigError(
+                "training on a GPU was asked for, and there is none that torch can use", hint="give --cpu"
+            )
         run.write_config(config)
-        tags = {"system": config.name, "run": config.out}
-        with (
-            Tracker(EXPERIMENT, os.path.basename(config.out.rstrip("/")), tags, parent) as tracker,
-            _stop_on_sigterm() as stop,
-        ):
-            tracker.params(config.model_dump(mode="json"))
-            watch = _Watcher(config, tracker, progress)
-            if config.train.workers == 0:
-                _train_here(config, watch, stop)
-            else:
-                _train_on_ray(config, watch, stop, verbose)
-            watch.close()
+        console.say(f"{config.name} for {config.train.steps} steps, seed {config.train.seed}, into {config.out}")
+        with _stop_on_sigterm() as stop:
+            step = _train_tracked(config, run, stop, parent, progress)
     done = run.result()
     if done is None or done["steps"] < config.train.steps:
-        console.say(f"stopped at step {watch.step}; go on with --resume --out {config.out}")
-        return TrainResult(config.out, None, watch.step, False, None, None)
+        console.say(f"stopped at step {step}; go on with --resume --out {config.out}")
+        return TrainResult(config.out, None, step, False, None, None)
     return _result(config, done)
+
+
+def _train_tracked(
+    config: RunConfig, run: RunDirectory, stop: threading.Event, parent: str | None, progress: bool
+) -> int:
+    """Train with progress shown and logged to MLflow; the last step that was reported."""
+    tags = {"system": config.name, "run": config.out}
+    name = os.path.basename(config.out.rstrip("/"))
+    tracker = Tracker(EXPERIMENT, name, tags, parent, run_id=run.tracking_id())
+    watch = _Watcher(config, tracker, run, progress)
+    status = "FAILED"
+    try:
+        tracker.params(config.model_dump(mode="json"))
+        if config.train.workers == 0:
+            device = torch.device("cuda" if config.train.gpu else "cpu")
+            train_loop(config, LocalContext(device, on_report=watch, stop=stop))
+        else:
+            train_on_ray(config, watch, stop)
+        status = "KILLED" if stop.is_set() else "FINISHED"
+    finally:
+        watch.close()
+        watch.note_run(timeout_s=5)
+        tracker.close(status)
+    return watch.step
 
 
 class _Watcher:
     """Turns events of the loop into the progress line and MLflow metrics."""
 
-    def __init__(self, config: RunConfig, tracker: Tracker, progress: bool) -> None:
+    def __init__(self, config: RunConfig, tracker: Tracker, run: RunDirectory, progress: bool) -> None:
         self.step = 0
-        self._tracker = tracker
+        self._tracker, self._run, self._noted = tracker, run, False
         self._total = config.train.steps
         self._label = f"training {config.name}: step"
         self._progress: console.Progress | None = None
@@ -140,6 +169,7 @@ class _Watcher:
     def __call__(self, event: Mapping[str, Any]) -> None:
         values = {k: v for k, v in event.items() if k not in ("kind", "step", "time") and isinstance(v, int | float)}
         self._tracker.metrics(values, int(event["step"]))
+        self.note_run(timeout_s=0)
         if event["kind"] != "metrics":
             return
         self.step = int(event["step"])
@@ -152,118 +182,15 @@ class _Watcher:
         detail = f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}  {losses}"
         self._progress.update(self.step, detail, force=self.step == self._total)
 
+    def note_run(self, timeout_s: float) -> None:
+        """Write the id of the MLflow run into the run directory, for the attempt that may come after this one."""
+        if not self._noted and (run_id := self._tracker.run_id(timeout_s)):
+            self._run.write_tracking_id(run_id)
+            self._noted = True
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.close()
-
-
-def _train_here(config: RunConfig, watch: _Watcher, stop: threading.Event) -> None:
-    from pipelines.context import LocalContext
-    from pipelines.loop import train_loop
-
-    device = torch.device("cuda" if config.train.gpu else "cpu")
-    train_loop(config, LocalContext(device, on_report=watch, stop=stop))
-
-
-def _train_on_ray(config: RunConfig, watch: _Watcher, stop: threading.Event, verbose: bool) -> None:
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
-
-    from pipelines import cluster
-    from pipelines.mailbox import Mailbox
-
-    cluster.connect(verbose=verbose)
-    _check_resources(config, ray.cluster_resources())
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    finished = threading.Event()
-    poller = threading.Thread(target=_poll, args=(mailbox, watch, stop, finished), name="i2i-progress", daemon=True)
-    # Ray Train's own state is scratch: what a run resumes from is in our run directory.
-    with tempfile.TemporaryDirectory(prefix="i2i-train-") as scratch:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config.to_yaml(), "mailbox": mailbox},
-            scaling_config=ScalingConfig(
-                num_workers=config.train.workers,
-                use_gpu=config.train.gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.train.gpu else {})},
-            ),
-            run_config=RayRunConfig(
-                name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=_MAX_FAILURES)
-            ),
-        )
-        poller.start()
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _cause(error) from error
-        finally:
-            finished.set()
-            poller.join(timeout=10)
-            ray.kill(mailbox)
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """What each worker of the group runs."""
-    import ray.train
-
-    from pipelines.context import RayContext
-    from pipelines.loop import train_loop
-
-    config = RunConfig.from_yaml(settings["config"])
-    context = RayContext(settings["mailbox"], config.train.readers)
-    result = train_loop(config, context)
-    ray.train.report({"steps": result.steps})
-
-
-def _poll(mailbox: Any, watch: _Watcher, stop: threading.Event, finished: threading.Event) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    asked = False
-    while True:
-        last = finished.wait(_POLL_S)
-        try:
-            if stop.is_set() and not asked:
-                ray.get(mailbox.ask_to_stop.remote(), timeout=30)
-                asked = True
-            for event in ray.get(mailbox.take.remote(), timeout=30):
-                watch(event)
-        except RayError as error:
-            console.warn(f"progress cannot be shown: {type(error).__name__}")
-            return
-        if last:
-            return
-
-
-def _check_resources(config: RunConfig, have: Mapping[str, float]) -> None:
-    """Ray would wait for missing resources for ever."""
-    train = config.train
-    if train.gpu and have.get("GPU", 0) < train.workers:
-        raise ConfigError(
-            f"{train.workers} workers need {train.workers} GPUs, the cluster has {have.get('GPU', 0):.0f}",
-            hint="lower --workers, or train with --cpu",
-        )
-    wanted = train.workers * (1 + 0.5 * train.readers)
-    if have.get("CPU", 0) < wanted:
-        raise ConfigError(
-            f"{train.workers} workers with their readers need {wanted:.0f} CPUs, "
-            f"the cluster has {have.get('CPU', 0):.0f}",
-            hint="lower --workers",
-        )
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours that is at the bottom of what Ray raises, else the error itself in one line."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, I2IError):
-            return seen
-        failures = getattr(seen, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if failures else None
-        seen = inner or getattr(seen, "cause", None) or seen.__cause__
-    return I2IError(f"training failed: {str(error).strip().splitlines()[-1]}", hint="see Ray's logs with --verbose")
 
 
 @contextmanager

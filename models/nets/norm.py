@@ -1,6 +1,6 @@
 """Normalisation layers. None has running statistics: training and inference compute the same function.
 
-Statistics and the normalised result are computed in float32 also under autocast.
+Under autocast statistics are accumulated in float32; the result has the type of the input.
 """
 
 from __future__ import annotations

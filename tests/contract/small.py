@@ -28,7 +28,7 @@ def build(name: str, seed: int = 0, **changes: Any) -> System:
 
 
 def engine(system: System, *, ranks: int = 1, hosted: tuple[int, ...] = (0,), **settings: Any) -> Engine:
-    config = EngineConfig(total_steps=20, logical_ranks=ranks, hosted=hosted, **settings)
+    config = EngineConfig(**{"total_steps": 20, **settings}, logical_ranks=ranks, hosted=hosted)
     return Engine(system, type(system).Weights(), config, torch.device("cpu"), GradientSync())
 
 
@@ -36,7 +36,8 @@ def batch(system: System, rank: int, step: int, n: int = 2) -> Batch:
     """A batch that is a function of (rank, step)."""
     generator = random_stream("contract", rank, step)
     fields = [name for stream in system.batch.streams for name in stream.images]
-    return system.batch(**{f: torch.rand(n, 3, SIZE, SIZE, generator=generator) * 2 - 1 for f in fields})
+    images = {f: torch.rand(n, 3, SIZE, SIZE, generator=generator) * 2 - 1 for f in fields}
+    return system.batch(**{f: x.contiguous(memory_format=torch.channels_last) for f, x in images.items()})
 
 
 def train(engine: Engine, steps: int, first: int = 0) -> None:

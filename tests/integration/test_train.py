@@ -81,7 +81,7 @@ def test_train__leaves_a_complete_run_directory(data: str, tmp_path: Path) -> No
     assert bundle.domains == ("photo", "drawing")
     assert bundle.sha256 == result.bundle_sha256
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "run.yaml", "checkpoints", "samples", "metrics.jsonl", "bundle", "result.json",
+        "run.yaml", "checkpoints", "samples", "metrics.jsonl", "bundle", "result.json", "mlflow-run-id",
     }  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["step-00000004.png", "step-00000008.png"]
     rows = read_metrics(str(tmp_path / "run"))
@@ -138,7 +138,7 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 def test_train__killed_and_resumed_is_bit_identical(data: str, tmp_path: Path) -> None:
     """kill -9 in mid-run; the resumed run ends with the very weights of an undisturbed one."""
-    long = {"steps": 400, "checkpoint_every": 7, "sample_every": 400}
+    long = {"steps": 120, "checkpoint_every": 7, "sample_every": 400}
     undisturbed = train(_config(data, tmp_path / "a", train=long), progress=False)
     config = _config(data, tmp_path / "b", train=long)
     process = _start(config, tmp_path)

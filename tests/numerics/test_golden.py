@@ -119,7 +119,7 @@ def _silence(network: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def _d_term(system, batch) -> float:
+def _terms(system, batch) -> dict[str, float]:
     from models.engine import Engine
 
     weights = type(system).Weights()
@@ -141,7 +141,7 @@ def test_cyclegan__terms_with_silent_discriminators() -> None:
     system = CycleGAN(CycleGANConfig(size=32, width=4, blocks=1))
     _silence(system.d_a)
     _silence(system.d_b)
-    terms = _d_term(system, system.batch(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)))
+    terms = _terms(system, system.batch(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)))
     assert terms["adv_d"] == pytest.approx(1.0)  # ½ for each of two domains
     assert terms["adv"] == pytest.approx(2.0)  # 1 for each of two generators
 
@@ -162,7 +162,7 @@ def test_pix2pix__terms_with_a_silent_discriminator_and_a_perfect_generator() ->
     system = Pix2Pix(Pix2PixConfig(size=32, width=4))
     _silence(system.d)
     x = torch.rand(1, 3, 32, 32)
-    terms = _d_term(system, system.batch(x, x))
+    terms = _terms(system, system.batch(x, x))
     assert terms["adv_d"] == pytest.approx(math.log(2))
     assert terms["adv"] == pytest.approx(math.log(2))
     perfect = system.g_losses(system.batch(x, x), {"x_ab": x}, _context(system, {"l1"})).terms

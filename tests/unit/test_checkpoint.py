@@ -130,6 +130,45 @@ def test_commit__killed_between_any_two_writes_loses_nothing(tmp_path: Path) -> 
     pytest.fail("the sequence never ended")
 
 
+def test_discard_after__leaves_two_good_ones_after_a_damaged_one(tmp_path: Path) -> None:
+    """A damaged newest one must not take the place of a good one when older ones are deleted."""
+    store = Store(str(tmp_path))
+    _write(store, 50)
+    damaged = _write(store, 100)
+    _path(store, damaged, checkpoint.STATE).write_bytes(b"x")
+    found = checkpoint.latest(store)
+    assert found is not None
+    checkpoint.discard_after(store, found)
+    good = {_write(store, 60), _write(store, 70)}
+    assert _names(store) == good
+
+
+def test_latest__all_damaged_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        _path(store, _write(store, step), checkpoint.STATE).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints can be verified"):
+        checkpoint.latest(store)
+
+
+def test_latest__a_store_that_is_out_is_no_damage(tmp_path: Path) -> None:
+    class Out(Store):
+        def read(self, path: str) -> bytes:
+            raise StorageError("the store does not answer")
+
+    _write(Store(str(tmp_path)), 1)
+    with pytest.raises(StorageError, match="does not answer"):
+        checkpoint.latest(Out(str(tmp_path)))
+
+
+def test_latest__reads_the_pools_of_the_wanted_ranks_only(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    _write(store, 1)
+    found = checkpoint.latest(store, ranks=(0,))
+    assert found is not None
+    assert found.pools == {}
+
+
 def test_prune__removes_what_was_begun_earlier_and_never_completed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     orphan = checkpoint.new_name(1)

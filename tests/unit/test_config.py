@@ -50,7 +50,7 @@ def test_resolve__names_every_mistake_at_once() -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("weight", ["nan", "inf", "-0.1", "1e-4x", None])
+@pytest.mark.parametrize("weight", ["nan", "inf", "-0.1", "1e-4x", True])
 def test_resolve__refuses_impossible_weights(weight: Any) -> None:
     with pytest.raises(ConfigError, match=r"weights\.cycle"):
         resolve({**_options(), "weights": {"cycle": weight}})
@@ -60,6 +60,21 @@ def test_resolve__refuses_impossible_weights(weight: Any) -> None:
 def test_resolve__refuses_impossible_learning_rates(lr: Any) -> None:
     with pytest.raises(ConfigError, match="lr"):
         resolve(_options(system={"lr": lr}))
+
+
+def test_resolve__the_default_batch_suits_the_workers() -> None:
+    assert resolve(_options(train={"workers": 4})).train.batch == 4
+
+
+def test_resolve__nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="every loss weight is 0"):
+        resolve(_options(weights={"adv": 0, "cycle": 0, "identity": 0, "adv_d": 0}))
+
+
+@pytest.mark.parametrize(("size", "layers"), [(16, 3), (20, 3), (32, 4)])
+def test_resolve__size_too_small_for_the_patches(size: int, layers: int) -> None:
+    with pytest.raises(ConfigError, match=f"size={size} is too small for d_layers={layers}"):
+        resolve(_options(system={"size": size, "d_layers": layers}))
 
 
 def test_resolve__batch_must_suit_the_logical_ranks() -> None:
@@ -113,14 +128,17 @@ def test_parse_settings__refuses_what_it_cannot_place(setting: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("train:", "section 'train' is not a mapping"),
         ("- a\n- b", "not a mapping"),
         ("a: [", "not YAML"),
         ("a: !!python/object:os.system {}", "not YAML"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("x" * 1_000_001, "at most"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        ("data: foo", "section 'data' is not a mapping"),
     ],
 )
-def test_load_document__refuses(text: str, reason: str) -> None:
+def test_load_document__refuses(text: str | bytes, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_document(text)
 
