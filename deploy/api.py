@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from deploy.limits import Limits, LimitsMiddleware, extra_headers
+from deploy.request import check_query, images, parse_attributes
 from deploy.schemas import (
     MAX_STYLES,
     ErrorBody,
@@ -45,8 +45,6 @@ _PAGE_HEADERS = {
     "Content-Security-Policy": _CSP + "form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
     "Cache-Control": "no-cache",
 }
-PARAMETERS = ("to", "source", "seed", "attributes", "strength", "format", "n")
-_URL_WORDS = ("url", "image_url", "uri", "href")
 
 
 class Caller(Protocol):
@@ -180,17 +178,17 @@ def _add_models(app: FastAPI, pool: Pool) -> None:
         check_name(name)
         if name not in pool.callers:
             raise RequestError(f"no model '{name}'", code="E_MODEL_UNKNOWN", hint=nearest(name, pool.callers))
-        _check_query(request)
+        check_query(request)
         asked = {
             "to": to,
             "source": source,
             "seed": seed,
-            "attributes": _parse_attributes(attributes),
+            "attributes": parse_attributes(attributes),
             "strength": strength,
             "format": format,
             "n": n,
         }
-        image, reference = await _images(request)
+        image, reference = await images(request)
         answer = await pool.callers[name].translate(image, asked, reference)
         return _answer(answer, time.perf_counter() - began)
 
@@ -208,66 +206,6 @@ def _answer(answer: dict[str, Any], total_s: float) -> Response:
     if answer["resized"]:
         headers["X-Resized"] = "the network takes one size; the image was resized to it and back"
     return Response(answer["body"], media_type=answer["media_type"], headers=headers)
-
-
-def _check_query(request: Request) -> None:
-    names = [name for name, _ in request.query_params.multi_items()]
-    for name in names:
-        if name in _URL_WORDS:
-            raise _no_urls()
-        if name not in PARAMETERS:
-            raise RequestError(f"unknown parameter '{name[:64]}'", code="E_PARAMETER", hint=nearest(name, PARAMETERS))
-        if names.count(name) > 1:
-            raise RequestError(f"parameter '{name}' is given twice", code="E_PARAMETER", hint="give it once")
-
-
-def _parse_attributes(text: str | None) -> dict[str, float] | None:
-    if not text:
-        return None
-    found = {}
-    for part in text.split(","):
-        name, equals, value = part.strip().partition("=")
-        try:
-            found[name] = float(value) if equals else 1.0
-        except ValueError:
-            message = f"attribute '{name[:64]}' has the value '{value[:64]}'"
-            raise RequestError(
-                message, code="E_ATTRIBUTE", hint="write NAME=0 or NAME=1, separated by commas"
-            ) from None
-    return found
-
-
-async def _images(request: Request) -> tuple[bytes, bytes | None]:
-    """The image and the reference of a request, from a multipart form or as the body itself."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/"):
-        body = await request.body()
-        if not body:
-            hint = "send the image's bytes as the body, or a form with the field 'image'"
-            raise RequestError("the request has no body", code="E_REQ_EMPTY", hint=hint)
-        return body, None
-    found: dict[str, bytes] = {}
-    async with request.form(max_files=2, max_fields=2, max_part_size=4096) as form:
-        for name, value in form.multi_items():
-            if name in _URL_WORDS:
-                raise _no_urls()
-            if name not in ("image", "reference"):
-                message = f"unknown form field '{name[:64]}'"
-                raise RequestError(message, code="E_PARAMETER", hint="the fields are 'image' and 'reference'")
-            if name in found:
-                raise RequestError(f"form field '{name}' is given twice", code="E_PARAMETER", hint="send one file")
-            if not isinstance(value, UploadFile):
-                hint = "send the image's bytes as a file"
-                raise RequestError(f"form field '{name}' is not a file", code="E_PARAMETER", hint=hint)
-            found[name] = await value.read()
-    if not found.get("image"):
-        hint = "send a file in the field 'image'"
-        raise RequestError("the form has no image", code="E_REQ_EMPTY", hint=hint)
-    return found["image"], found.get("reference")
-
-
-def _no_urls() -> RequestError:
-    hint = "send the image's bytes"
-    return RequestError("images are not fetched from addresses", code="E_URL_UNSUPPORTED", hint=hint)
 
 
 def _add_pages(app: FastAPI) -> None:

@@ -9,27 +9,23 @@ came, decodes it where it is batched, and answers with encoded bytes. Nothing ha
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import ipaddress
-import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.registry import default_tracking_uri, locate, sources
+from deploy.launch import PROXY_GRACE_S, check_port, start_serve, stop_serve, wait_ready
+from deploy.registry import locate, sources
 from deploy.schemas import RETRY_AFTER_S, ServeArgs
-from models.errors import ConfigError, StorageError
+from models.errors import ConfigError
+from pipelines import mlflow_env
 
-APP = "i2i"
 TOKEN_VARIABLE = "I2I_SERVE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
-_PROXY_GRACE_S = 5.0
-logger = logging.getLogger("ray.serve")
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -52,7 +48,7 @@ def build_app(args: dict[str, Any]) -> Any:
     common = {
         "max_surge_percent": 100,  # a new version is up before the old one goes
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": settings.timeout_s + _PROXY_GRACE_S,
+        "graceful_shutdown_timeout_s": settings.timeout_s + PROXY_GRACE_S,
         "max_constructor_retry_count": 2,
     }
     gpus = _gpus_each(settings, len(wanted))
@@ -114,12 +110,9 @@ def start(
 def stop() -> None:
     """Stop serving; Ray itself stays as it is. Nothing happens where nothing is served."""
     import ray
-    from ray import serve
 
     if ray.is_initialized():
-        with _quiet():
-            _end_controller()
-            serve.shutdown()
+        stop_serve()
 
 
 def run(
@@ -172,9 +165,10 @@ def _check(
     """Everything that may be the user's mistake, before a cluster is started; the settings and the port."""
     asked = {**settings, "models": tuple(models), "bundles": tuple(bundles), "host": host}
     args = ServeArgs.parse({name: value for name, value in asked.items() if value is not None})
-    if args.models and args.tracking_uri is None and "@" not in default_tracking_uri():
+    registry = mlflow_env.tracking_uri()
+    if args.models and args.tracking_uri is None and registry is not None and "@" not in registry:
         # Replicas run elsewhere; an address with a password in it stays in the environment.
-        args = args.model_copy(update={"tracking_uri": default_tracking_uri()})
+        args = args.model_copy(update={"tracking_uri": registry})
     _checked_token(args)
     port = check_port(host, port)
     for source in sources(args):
@@ -183,10 +177,10 @@ def _check(
 
 
 def _launch(args: ServeArgs, port: int, verbose: bool) -> str:
-    _start_serve(build_app(args.model_dump(mode="json")), args, port, verbose)
+    start_serve(build_app(args.model_dump(mode="json")), args, port, verbose)
     shown = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{'127.0.0.1' if args.host in ('0.0.0.0', '::') else shown}:{port}"
-    _wait_ready(url, args)
+    wait_ready(url, read_token(args))
     return url
 
 
@@ -222,129 +216,6 @@ def read_token(args: ServeArgs) -> str | None:
     return token
 
 
-def check_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0.
-
-    Raises:
-        ConfigError: it is in use, out of range, or cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port {port} is out of range", code="E_PORT", hint="1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return probe.getsockname()[1]
-        except PermissionError:
-            hint = "ports below 1024 need root: choose another with --port"
-            raise ConfigError(f"port {port} on {host} is not permitted", code="E_PORT", hint=hint) from None
-        except socket.gaierror:
-            raise ConfigError(f"unknown host '{host}'", code="E_HOST", hint="give an address with --host") from None
-        except OSError as error:
-            if error.errno == 98:
-                message = f"port {port} on {host} is in use: choose another with --port"
-                raise ConfigError(message, code="E_PORT") from None
-            raise ConfigError(f"cannot bind to {host}:{port}: {error.strerror}", code="E_PORT") from None
-
-
-def _start_serve(application: Any, args: ServeArgs, port: int, verbose: bool) -> None:
-    from ray import serve
-
-    options = {
-        "host": args.host,
-        "port": port,
-        # Ours, in deploy.limits, comes first and cannot be switched off by a client as this one can.
-        "request_timeout_s": args.timeout_s + _PROXY_GRACE_S,
-    }
-    logs = {"enable_access_log": True, "log_level": "INFO" if verbose else "WARNING"}
-    with contextlib.nullcontext() if verbose else _quiet():
-        try:
-            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logs)
-            serve.run(application, name=APP, route_prefix="/", logging_config=logs)
-        except (RuntimeError, TimeoutError) as error:
-            reason = _reason()
-            stop()
-            raise StorageError(f"serving did not start: {reason or error}", code="E_SERVE") from None
-
-
-def _end_controller() -> None:
-    """What `serve.shutdown` does first, with the one call of it not retried.
-
-    The controller ends itself while it answers; Ray then announces on stdout that the call "failed" and is retried.
-    """
-    import ray
-    from ray.exceptions import RayError
-    from ray.serve.context import _get_global_client
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        client = _get_global_client()
-    except RayServeException:
-        return  # nothing is served
-    assert client is not None
-    client.shutdown_cached_handles()
-    with contextlib.suppress(RayError):
-        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30)
-    client._shutdown = True
-
-
-def _reason() -> str:
-    """The last line of what Ray Serve knows of a deployment that failed."""
-    from ray import serve
-
-    application = serve.status().applications.get(APP)
-    for deployment in application.deployments.values() if application else ():
-        if "FAILED" in str(deployment.status) or "UNHEALTHY" in str(deployment.status):
-            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
-            named = [line for line in lines if "Error: " in line]
-            return (named or lines or [""])[-1]
-    return ""
-
-
-def _wait_ready(url: str, args: ServeArgs, patience_s: float = 120.0) -> None:
-    """Until /readyz answers 200."""
-    import json
-    import time
-    import urllib.error
-    import urllib.request
-
-    token = read_token(args)
-    request = urllib.request.Request(f"{url}/readyz", headers={"Authorization": f"Bearer {token}"} if token else {})
-    # Requests to this machine go to no proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline, seen = time.monotonic() + patience_s, "no answer"
-    while time.monotonic() < deadline:
-        try:
-            with opener.open(request, timeout=5):
-                return
-        except urllib.error.HTTPError as error:
-            with contextlib.suppress(ValueError):
-                seen = str(json.loads(error.read()).get("models") or f"status {error.code}")
-            error.close()
-        except OSError as error:
-            seen = str(error)
-        time.sleep(0.1)
-    stop()
-    raise StorageError(f"the server at {url} was not ready within {patience_s:g} s: {seen}", code="E_SERVE")
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Ray Serve sets the level of its own logger whenever it starts something."""
-    handlers = [(handler, handler.level) for handler in logger.handlers]
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        logger.setLevel(level)
-        for handler, old in handlers:
-            handler.setLevel(old)
-
-
 def _gpus_each(settings: ServeArgs, num_models: int) -> float:
     """Share of a GPU for each replica; 0 where the CPU is used."""
     if settings.device == "cpu":
@@ -354,7 +225,7 @@ def _gpus_each(settings: ServeArgs, num_models: int) -> float:
     available = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
     if not available:
         if settings.device == "cuda":
-            raise ConfigError("device=cuda: the cluster has no GPU", hint="use --cpu")
+            raise ConfigError("device=cuda: the cluster has no GPU", hint="leave `device` out, or set it to cpu")
         return 0.0
     return min(1.0, int(100 * available / (num_models * settings.replicas)) / 100)
 

@@ -6,17 +6,18 @@ used. What is served is what the registry's `weights_sha256` tag names, or nothi
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.schemas import NAME, NAME_RULE, ServeArgs
-from models.bundle import CONFIG, copy_bundle, read_config
+from deploy.schemas import ServeArgs
+from models.bundle import copy_bundle, read_config
 from models.errors import BundleError, ConfigError, StorageError
-from pipelines.storage import Store, join, parse_uri
+from pipelines import mlflow_env
+from pipelines.bundle_uri import local_bundle
+from pipelines.mlflow_env import NAME, NAME_RULE
+from pipelines.storage import absolute, cache_directory
 
 DEFAULT_ALIAS = "champion"
 _PLAIN = re.compile(r"^(s3://|file:///|/|\.|[A-Za-z0-9_-]+(/|$))")
@@ -63,9 +64,7 @@ def sources(args: ServeArgs) -> list[Source]:
         name, equals, uri = text.partition("=")
         if not equals or "/" in name:
             name, uri = "", text
-        kind, path = parse_uri(uri)
-        # Replicas may run in another directory than the command.
-        uri = uri if kind == "s3" else os.path.abspath(path)
+        uri = absolute(uri)  # replicas may run in another directory than the command
         found.append(Source(_checked(name, text) if name else _name_from(uri), uri=uri))
     names = [source.name for source in found]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -79,41 +78,26 @@ def locate(source: Source, cache: str | None = None, tracking_uri: str | None = 
 
     Raises:
         BundleError: no such model, alias or bundle, or one that is not what its digest says.
+        ConfigError: there is no registry, because MLflow is switched off.
         DataError, StorageError: the store refuses or does not answer.
     """
-    into = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "i2i", "bundles")).expanduser()
+    into = Path(cache or cache_directory("bundles")).expanduser()
     if source.uri is not None:
-        directory = _fetch(source.uri, into)
+        directory = local_bundle(source.uri, into)
         digest = read_config(directory)["weights_sha256"]
         return Located(directory, digest[:12], digest)
     return _locate_registered(source, into, tracking_uri)
 
 
-def default_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, else the sqlite file in the current directory's `runs/`, as an absolute address."""
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{Path('runs/mlflow.db').absolute()}"
-
-
 def _locate_registered(source: Source, into: Path, tracking_uri: str | None) -> Located:
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
-    uri = tracking_uri or default_tracking_uri()
-    if uri == "none":
-        hint = "set MLFLOW_TRACKING_URI, or serve a bundle by its path"
-        raise BundleError(
-            "there is no model registry: MLFLOW_TRACKING_URI is 'none'", code="E_BUNDLE_REGISTRY", hint=hint
-        )
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    path = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    if path is not None and not os.path.exists(path):
+    uri = tracking_uri or mlflow_env.tracking_uri()
+    path = mlflow_env.database(uri or "")
+    if path is not None and not path.exists():
         hint = "promote a model first, or set MLFLOW_TRACKING_URI"
         raise BundleError(f"no model registry at {path}", code="E_BUNDLE_REGISTRY", hint=hint)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client = mlflow_env.client(uri)
     assert source.alias is not None
     try:
         if source.alias.isdigit():
@@ -132,7 +116,7 @@ def _locate_registered(source: Source, into: Path, tracking_uri: str | None) -> 
     if not digest:
         hint = "register it with `i2i promote`"
         raise BundleError(f"{where} has no tag weights_sha256", code="E_BUNDLE_REGISTRY", hint=hint)
-    directory = _fetch_version(client, version, into, where, uri)
+    directory = _fetch_version(client, version, into, where)
     found = read_config(directory)["weights_sha256"]
     if found != digest:
         message = f"{where}: the registry names weights {digest[:16]}…, its bundle holds {found[:16]}…"
@@ -140,27 +124,19 @@ def _locate_registered(source: Source, into: Path, tracking_uri: str | None) -> 
     return Located(directory, str(version.version), digest)
 
 
-def _fetch_version(client: Any, version: Any, into: Path, where: str, tracking_uri: str) -> Path:
+def _fetch_version(client: Any, version: Any, into: Path, where: str) -> Path:
     uri = client.get_model_version_download_uri(version.name, version.version)
     if _PLAIN.match(uri):
-        return _fetch(uri, into)
+        return local_bundle(uri, into)
     if not uri.startswith(("runs:/", "mlflow-artifacts:/", "models:/")):
         raise BundleError(f"{where}: its source is at an address that is not allowed", code="E_BUNDLE_REGISTRY")
     import mlflow.artifacts
 
     def read(name: str) -> bytes:
-        local = mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", tracking_uri=tracking_uri)
+        local = mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", tracking_uri=client.tracking_uri)
         return Path(local).read_bytes()
 
     return copy_bundle(read, where, into)
-
-
-def _fetch(uri: str, into: Path) -> Path:
-    """A bundle, or the one in a run directory."""
-    if Store(uri).exists(f"bundle/{CONFIG}"):
-        uri = join(uri, "bundle")
-    store = Store(uri)
-    return Path(store.uri) if store.is_local else copy_bundle(store.read, uri, into)
 
 
 def _name_from(uri: str) -> str:
@@ -169,10 +145,10 @@ def _name_from(uri: str) -> str:
     if len(parts) > 1 and parts[-1] == "bundle":
         parts.pop()
     name = re.sub(r"[^a-z0-9_-]+", "-", parts[-1].lower() if parts else "").strip("-_")[:63]
-    return name if NAME.match(name) else "model"
+    return name if NAME.fullmatch(name) else "model"
 
 
 def _checked(name: str, text: str) -> str:
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise ConfigError(f"not a name of a model: '{name}' in '{text}'", code="E_NAME", hint=NAME_RULE)
     return name

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.errors import ConfigError, I2IError, RequestError
+from pipelines.mlflow_env import NAME, NAME_RULE
 
-NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
-NAME_RULE = "1 to 63 of a-z, 0-9, _ and -, not beginning with _ or -"
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 MAX_STYLES = 16
 RETRY_AFTER_S = 1
@@ -168,6 +166,6 @@ def check_name(name: str) -> str:
     Raises:
         RequestError: it may not (code E_NAME); the name is not repeated in the message.
     """
-    if not NAME.match(name) or name.endswith("\n"):
+    if not NAME.fullmatch(name):
         raise RequestError("not a name of a model", code="E_NAME", hint=NAME_RULE)
     return name

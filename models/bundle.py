@@ -9,6 +9,7 @@ Nothing in it is code, and nothing in it is executed at load.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from models import system_class
+from models.card import card
 from models.errors import BundleError, ConfigError
 from models.system import System
 
@@ -173,7 +175,7 @@ def update_scores(directory: str | Path, scores: Mapping[str, Any]) -> None:
 
 
 def copy_bundle(read: Callable[[str], bytes], where: str, cache: str | Path) -> Path:
-    """Bring a bundle that is elsewhere into a local cache, verified; a copy that is there already is used.
+    """Bring a bundle that is elsewhere into a local cache, verified; a copy that is there already and intact is used.
 
     Args:
         read: name of a file of the bundle → its bytes (a store's `read`).
@@ -186,8 +188,10 @@ def copy_bundle(read: Callable[[str], bytes], where: str, cache: str | Path) -> 
     raw_config = read(CONFIG)
     document = _parse_config(where, raw_config)
     target = Path(cache) / hashlib.sha256(raw_config).hexdigest()[:32]
-    if (target / CONFIG).exists():
-        return target
+    with contextlib.suppress(OSError, BundleError):
+        _check_digest(where, document, (target / WEIGHTS).read_bytes())
+        if (target / CONFIG).read_bytes() == raw_config:
+            return target
     raw = read(WEIGHTS)
     _check_digest(where, document, raw)
     target.mkdir(parents=True, exist_ok=True)
@@ -195,47 +199,6 @@ def copy_bundle(read: Callable[[str], bytes], where: str, cache: str | Path) -> 
     _write(target / CARD, card(document).encode())
     _write(target / CONFIG, raw_config)
     return target
-
-
-def card(document: Mapping[str, Any]) -> str:
-    """card.md: config.json for people, in Markdown."""
-    data, scores = document.get("data") or {}, document.get("scores") or {}
-    directions = [f"{d['source']} to {d['to']}" for d in document["conditioning"].get("directions", [])]
-    average = "moving average of the weights" if document.get("ema") else "weights of the last step"
-    lines = [
-        f"# {document['system']}: {', '.join(directions)}",
-        "",
-        f"* domains: {', '.join(document['domains'])}",
-        f"* trained at {document['size']} px for {document.get('step', '?')} steps; {average}",
-        f"* data: {data.get('uri', 'unknown')} (digest {data.get('digest', 'unknown')})",
-        f"* licence of the data: {data.get('licence') or 'not stated'}",
-        f"* sha256 of {WEIGHTS}: `{document['weights_sha256']}`",
-        f"* code version: {document.get('code_version') or 'unknown'}",
-        "",
-        "## Loss weights",
-        "",
-        *(_table(document.get("loss_weights") or {}) or ["Not recorded."]),
-        "",
-        "## Scores",
-        "",
-        *(_table(scores) or ["Not evaluated."]),
-        "",
-        "An image of another kind than the source domain is translated too; the result then means nothing.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _table(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _table(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            rows.append(f"* {prefix}{name}: {value:.4g}")
-        else:
-            rows.append(f"* {prefix}{name}: {value}")
-    return rows
 
 
 def _generator_tensors(system: System) -> dict[str, Tensor]:

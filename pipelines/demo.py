@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
-from pipelines import console, tracking
+from pipelines import console, mlflow_env
 from pipelines.report import HttpExample, Report, Stage, write_report
 
 MODEL = "letters"
@@ -87,7 +87,7 @@ def run_demo(out: str | None = None, keep_serving: bool = False, plan: DemoPlan 
         ConfigError: `out` is in a bucket or not empty.
     """
     directory = _directory(out)
-    if tracking.tracking_uri() is None:
+    if mlflow_env.tracking_uri() is None:
         os.environ["MLFLOW_TRACKING_URI"] = (
             f"sqlite:///{directory}/mlflow.db"  # there is nothing to promote into without
         )
@@ -117,8 +117,7 @@ def run_demo(out: str | None = None, keep_serving: bool = False, plan: DemoPlan 
 
 def _run_stages(plan: DemoPlan, directory: Path, journal: _Journal, port: int) -> Path:
     from deploy import app
-    from models.bundle import update_scores
-    from pipelines.evaluate import evaluate
+    from pipelines.evaluate import evaluate, save_scores
     from pipelines.prepare import prepare
     from pipelines.promote import promote
     from pipelines.samples import make_samples
@@ -140,8 +139,9 @@ def _run_stages(plan: DemoPlan, directory: Path, journal: _Journal, port: int) -
         assert trained.bundle is not None, "a run that came to its end has a bundle"
         result.append(f"{trained.steps:,} steps, weights {str(trained.bundle_sha256)[:12]}")
     with journal.stage("evaluate on unseen letters") as result:
-        scores = evaluate(trained.bundle, str(data), source=plan.source, to=plan.to).to_json()
-        update_scores(trained.bundle, scores["scores"])
+        evaluation = evaluate(trained.bundle, str(data), source=plan.source, to=plan.to)
+        save_scores(trained.bundle, evaluation)
+        scores = evaluation.to_json()
         result.append(_headline(scores))
     with journal.stage("search loss weights") as result:
         config = _config(plan, data, directory / "study", plan.trial_steps)
@@ -244,7 +244,7 @@ def _facts(plan: DemoPlan, data_digest: str, weights_digest: str, run: str, stud
         "seed": plan.seed,
         "run": run,
         "study": study,
-        "MLflow": tracking.shown(str(tracking.tracking_uri())),
+        "MLflow": mlflow_env.shown(str(mlflow_env.tracking_uri())),
     }
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines import tracking
+from pipelines import mlflow_env
 
 Status = Literal["ok", "warn", "FAIL"]
 GIB = 1024**3
@@ -64,7 +64,7 @@ def doctor(data: str | None = None, start_ray: bool = True) -> list[Check]:
         try:
             checks.extend(look())
         except Exception as error:  # noqa: BLE001  a doctor who faints helps nobody
-            checks.append(Check(name, "FAIL", f"{type(error).__name__}: {tracking.brief(error)}"))
+            checks.append(Check(name, "FAIL", f"{type(error).__name__}: {mlflow_env.brief(error)}"))
     return checks
 
 
@@ -201,7 +201,7 @@ def _ray() -> Iterator[Check]:
         resources = ray.cluster_resources()
     except Exception as error:  # noqa: BLE001
         advice = "unset RAY_ADDRESS to start one here" if where else "look into /tmp/ray/session_latest/logs"
-        yield Check("ray", "FAIL", f"no task could be run: {tracking.brief(error)}", advice)
+        yield Check("ray", "FAIL", f"no task could be run: {mlflow_env.brief(error)}", advice)
         return
     finally:
         if not joined and ray.is_initialized():
@@ -214,27 +214,27 @@ def _ray() -> Iterator[Check]:
 
 
 def _mlflow() -> Iterator[Check]:
-    uri = tracking.tracking_uri()
+    uri = mlflow_env.tracking_uri()
     if uri is None:
         yield Check("mlflow", "warn", "switched off (MLFLOW_TRACKING_URI=none)", "promote and serve --model need it")
         return
     name = "doctor"
     try:
-        client = tracking.client(uri)
-        run = client.create_run(tracking.experiment_id(client, name, uri), run_name=name)
+        client = mlflow_env.client(uri)
+        run = client.create_run(mlflow_env.experiment_id(client, name, uri), run_name=name)
         client.delete_run(run.info.run_id)
     except Exception as error:  # noqa: BLE001
         advice = "start the server, or unset MLFLOW_TRACKING_URI for a file in ./runs; training works without"
-        yield Check("mlflow", "warn", f"{tracking.shown(uri)} took no run: {tracking.brief(error)}", advice)
+        yield Check("mlflow", "warn", f"{mlflow_env.shown(uri)} took no run: {mlflow_env.brief(error)}", advice)
         return
-    yield Check("mlflow", "ok", f"{tracking.shown(uri)} is writable")
+    yield Check("mlflow", "ok", f"{mlflow_env.shown(uri)} is writable")
 
 
 def _s3() -> Iterator[Check]:
     import botocore.session
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    where = tracking.shown(endpoint) if endpoint else "Amazon's own endpoint"
+    where = mlflow_env.shown(endpoint) if endpoint else "Amazon's own endpoint"
     hints = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_SHARED_CREDENTIALS_FILE")
     if endpoint is None and not any(map(os.environ.get, hints)) and not Path("~/.aws").expanduser().is_dir():
         # Asking further would wait for a cloud's metadata service.

@@ -10,21 +10,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from models.bundle import Bundle, copy_bundle, load_bundle
+from models.bundle import CARD, CONFIG, load_bundle, update_scores
 from models.errors import ConfigError, NonFiniteLoss
 from models.system import Condition, System
 from models.translator import Translator
+from pipelines.bundle_uri import find_bundle, local_bundle
 from pipelines.grid import to_pixels, to_tensor
 from pipelines.metrics.direction import METRICS, Direction, Translate, check_metrics, flat, score_generator
 from pipelines.metrics.features import load_extractor
 from pipelines.metrics.heldout import choose_split, load_directions, protocol
 from pipelines.shards import Dataset, open_dataset
-from pipelines.storage import Store, parse_uri
+from pipelines.storage import Store
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def evaluate(
     """Score a bundle.
 
     Args:
-        bundle_uri: directory of the bundle, local or s3://.
+        bundle_uri: bundle or run directory, local or s3://.
         split: "test" or "val"; None takes "test" where it exists, else "val".
         metrics: names out of `metrics.direction.METRICS`; None means all that apply.
         features: "random_v1", "inception:URI" or "dinov2:URI".
@@ -85,8 +87,7 @@ def evaluate(
     """
     chosen = check_metrics(metrics)
     extractor = load_extractor(features, device)
-    with tempfile.TemporaryDirectory(prefix="i2i-bundle-") as cache:
-        bundle = _load(bundle_uri, cache, device)
+    bundle = load_bundle(local_bundle(bundle_uri), device)
     translator = Translator(bundle, device)
     first = translator.check(Condition(source=source, to=to))
     pairs = [(d["source"], d["to"]) for d in bundle.conditioning["directions"]]
@@ -122,6 +123,24 @@ def evaluate(
         ratios=primary["ratios"],
         directions=results,
     )
+
+
+def save_scores(bundle_uri: str, result: EvaluateResult) -> None:
+    """Write the scores of the primary direction, and how they came about, into a bundle's config.json and card.
+
+    Args:
+        bundle_uri: bundle or run directory, local or s3://.
+
+    Raises:
+        BundleError, DataError, StorageError: there is no bundle, or it cannot be written.
+    """
+    about = {"direction": result.primary, "split": result.split, "protocol": result.protocol}
+    store = Store(find_bundle(bundle_uri))
+    with tempfile.TemporaryDirectory(prefix="i2i-scores-") as scratch:
+        Path(scratch, CONFIG).write_bytes(store.read(CONFIG))
+        update_scores(scratch, {**result.scores, **about})
+        for name in (CARD, CONFIG):
+            store.write(name, Path(scratch, name).read_bytes())
 
 
 class Evaluator:
@@ -200,12 +219,6 @@ def system_translate(system: System, device: str | torch.device = "cpu", batch: 
         return np.concatenate(parts)
 
     return translate
-
-
-def _load(uri: str, cache: str, device: str) -> Bundle:
-    if parse_uri(uri)[0] == "file":
-        return load_bundle(parse_uri(uri)[1], device)
-    return load_bundle(copy_bundle(Store(uri).read, uri, cache), device)
 
 
 def _check_some(directions: Sequence[Direction], metrics: tuple[str, ...], split: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from models import codec
 from models.errors import DataError, ImageError
 from pipelines import console, ingest, shards
-from pipelines.storage import Store
+from pipelines.storage import Store, split_name
 
 _TILE = 96
 _COLUMNS = 10
@@ -180,5 +180,5 @@ def _strip(caption: str, images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _write(uri: str, pixels: np.ndarray) -> None:
-    folder, _, name = uri.rpartition("/")
-    Store(folder or ("/" if uri.startswith("/") else ".")).write(name, codec.encode(pixels, "png"))
+    folder, name = split_name(uri)
+    Store(folder).write(name, codec.encode(pixels, "png"))

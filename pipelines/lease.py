@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 
 from models.errors import ConfigError, I2IError
@@ -17,27 +18,39 @@ from pipelines.storage import Store
 _FILE = "lease.json"
 _RENEW_S = 10.0
 _EXPIRES_S = 60.0
+_SETTLE_S = 0.2
 
 
 class Lease:
     """Context manager around everything that writes to a run directory.
 
     A lease left behind by a process that died on this machine is taken over at once; one from elsewhere when it has not
-    been renewed for a minute.
+    been renewed for a minute. A store that does not honour conditional puts can let two writers in at the same moment:
+    then the last to write holds the lease, and the other learns of it at once or at its next renewal.
+
+    Args:
+        on_lost: called, in another thread, where another writer has taken the lease; the holder must stop writing.
+
+    Attributes:
+        lost: set at the same moment.
 
     Raises:
         ConfigError: the directory is in use.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, on_lost: Callable[[], None] = lambda: None) -> None:
+        self.lost = threading.Event()
+        self._store, self._on_lost = store, on_lost
         self._id = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="i2i-lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        if not self._store.write_new(_FILE, self._document()):
+        new = self._store.write_new(_FILE, self._document())
+        if not new:
             self._take_over()
+        if not (new and self._store.is_local):
+            self._confirm()
         self._thread.start()
         return self
 
@@ -64,13 +77,23 @@ class Lease:
                 hint=f"wait for it, or stop it; a lease lapses {_EXPIRES_S:.0f} s after its holder's death",
             )
         self._store.write(_FILE, self._document())
-        # Another process may have taken over at the same moment: the last to write holds it.
-        time.sleep(0.2)
+
+    def _confirm(self) -> None:
+        """Another process may have written at the same moment: the last one holds it."""
+        time.sleep(_SETTLE_S)
         if self._holder().get("id") != self._id:
             raise ConfigError(f"{self._store.uri} was taken by another process just now", code="E_RUN_LOCKED")
 
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_S):
+            holder = self._holder()
+            if holder.get("id", self._id) != self._id:
+                console.warn(
+                    f"{self._store.uri} was taken by process {holder.get('pid')} on {holder.get('host')}; stopping"
+                )
+                self.lost.set()
+                self._on_lost()
+                return
             try:
                 self._store.write(_FILE, self._document())
             except I2IError as problem:

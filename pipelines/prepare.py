@@ -10,25 +10,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
-import warnings as python_warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
 
 from models import codec
-from models import errors as error_tree
-from models.errors import ConfigError, DataError, I2IError, ImageError, StorageError
+from models.errors import ConfigError, DataError, ImageError
 from pipelines import cluster, console, curate, ingest, shards
 from pipelines import layout as layouts
 from pipelines.layout import Sample
-from pipelines.storage import Store, parse_uri
+from pipelines.ray_tasks import run_tasks
+from pipelines.storage import Store, absolute, split_name
+from pipelines.version import code_version
 
 _FILES_PER_TASK = 64
 _MAX_TASKS = 4096
@@ -146,11 +144,7 @@ def _check_options(size: int | None, max_bad: float) -> None:
 
 def _open_stores(src: str, dest: str) -> tuple[Store, Store]:
     """Both stores, with absolute paths (tasks run in other directories), if the destination may be written."""
-    uris = []
-    for uri in (src, dest):
-        kind, path = parse_uri(uri)
-        uris.append(os.path.abspath(path) if kind == "file" else f"s3://{path}")
-    source, target = Store(uris[0]), Store(uris[1])
+    source, target = Store(absolute(src)), Store(absolute(dest))
     for outer, inner in ((source.uri, target.uri), (target.uri, source.uri)):
         if f"{inner}/".startswith(f"{outer}/"):
             raise ConfigError(f"source and destination overlap: {source.uri}, {target.uri}; use another destination")
@@ -158,16 +152,19 @@ def _open_stores(src: str, dest: str) -> tuple[Store, Store]:
         what = "is not a folder" if os.path.exists(source.uri) else "does not exist"
         raise DataError(f"the source {source.uri} {what}", code="E_DATA_EMPTY", hint="check the path")
     if target.exists(shards.MANIFEST):
-        try:
-            former = json.loads(target.read(shards.MANIFEST)).get("provenance", {}).get("source")
-        except (ValueError, AttributeError):
-            former = None
-        if former not in (None, source.uri):
-            raise ConfigError(
-                f"{target.uri} already holds a dataset prepared from {former}",
-                hint="use another destination or delete it",
-            )
+        _check_ours(target, source)
     return source, target
+
+
+def _check_ours(target: Store, source: Store) -> None:
+    """Only a dataset of the same source may be replaced, and no other program's files."""
+    hint = "use another destination or delete it"
+    try:
+        former = shards.Manifest.from_json(target.read(shards.MANIFEST)).provenance.get("source")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{target.uri} holds a {shards.MANIFEST} that is not of ours", hint=hint) from None
+    if former != source.uri:
+        raise ConfigError(f"{target.uri} already holds a dataset prepared from {former or 'elsewhere'}", hint=hint)
 
 
 def _read_layout(source: Store, kind: str) -> layouts.Layout:
@@ -183,9 +180,9 @@ def _read_layout(source: Store, kind: str) -> layouts.Layout:
 
 
 def _read_keys(domain: str, uri: str) -> frozenset[str]:
-    folder, _, name = uri.rpartition("/")
+    folder, name = split_name(uri)
     try:
-        text = Store(folder or ".").read(name).decode()
+        text = Store(folder).read(name).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"--select {domain}={uri}: not a text file (UTF-8)") from error
     except DataError as error:
@@ -207,7 +204,7 @@ def _check_all(source: Store, samples: Sequence[Sample], size: int | None, doubl
     checked: dict[str, ingest.Checked] = {}
     bad = 0
     progress = console.Progress("checking images", len(paths))
-    for rows in _map(ingest.check_files, tasks):
+    for rows in run_tasks(ingest.check_files, tasks):
         for row in rows:
             checked[row["path"]] = ingest.Checked(**row)
             bad += bool(row["code"])
@@ -220,7 +217,7 @@ def _check_all(source: Store, samples: Sequence[Sample], size: int | None, doubl
 
 
 def _check_share(bad: Sequence[Mapping[str, Any]], files: int, max_bad: float, target: Store) -> None:
-    if len(bad) <= max_bad * files:
+    if len(bad) <= max_bad * files + 1e-9:  # 0.07 × 100 is a little less than 7
         if bad:
             console.warn(f"{len(bad)} of {files} images could not be used: {target.join(shards.REPORT)}")
         return
@@ -243,7 +240,7 @@ def _write_all(
     written: list[dict[str, Any]] = []
     wanted = [{"src": source.uri, "dest": target.uri, "task": asdict(task), "size": size} for task in tasks]
     done = 0
-    for row in _map(ingest.write_shard, wanted):
+    for row in run_tasks(ingest.write_shard, wanted):
         written.append(row)
         done += row["rows"]
         progress.update(done, f"{len(written)}/{len(tasks)} shards", force=done == rows)
@@ -271,7 +268,7 @@ def _describe(
                 "shards": sum(info.split == split and info.domain == domain for info in infos),
                 "keys_sha256": shards.keys_digest(ordered),
             }
-    made = {"code_version": _code_version(), "prepared_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    made = {"code_version": code_version(), "prepared_at": datetime.now(UTC).isoformat(timespec="seconds")}
     manifest = shards.Manifest(
         domains=domains,
         splits=splits,
@@ -283,78 +280,21 @@ def _describe(
 
 
 def _commit(target: Store, manifest: shards.Manifest, index: bytes) -> None:
-    """Write the index, then the manifest; only then remove shards of a former run."""
+    """Write the index, then the manifest; only then remove the shards that the former index names."""
+    former = _former_shards(target)
     target.write(shards.INDEX, index)
     target.write(shards.MANIFEST, manifest.to_json().encode())
-    used = {info.uri for info in shards.read_index(index)}
+    unused = former - {info.uri for info in shards.read_index(index)}
     for path, _ in target.list("shards"):
-        if path not in used and path.endswith(".parquet"):
+        if path in unused:
             target.delete(path)
 
 
-def _code_version() -> str:
+def _former_shards(target: Store) -> set[str]:
+    """What our own dataset at the destination consists of; nothing where there is none, or its index is damaged."""
+    if not target.exists(shards.MANIFEST):
+        return set()
     try:
-        return metadata.version("i2i")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _map(function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """Run `function(**task)` for each task by Ray Data; yield the results as they come, in any order."""
-    import ray
-    from ray.data import TaskPoolStrategy
-    from ray.exceptions import RayError
-
-    local = "RAY_ADDRESS" not in os.environ
-    cpus = (os.cpu_count() or 1) if local else int(ray.cluster_resources().get("CPU", 1))
-    blocks = [pa.table({"task": [json.dumps(task)]}) for task in tasks]
-    with python_warnings.catch_warnings():
-        # `max_retries` has no other way in yet; without it a task whose worker dies is tried for ever.
-        python_warnings.simplefilter("ignore")
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            _run_tasks,  # pyright: ignore[reportArgumentType]
-            fn_args=[function.__name__],
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0.5,
-            compute=TaskPoolStrategy(max(1, min(cpus, len(blocks)))),
-            max_retries=2,
-        )
-    # A dead worker is reported below, in one line; Ray Data would print its own stack first.
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in block["result"].to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
-                answer = json.loads(text)
-                if "error" in answer:
-                    raise _rebuild(*answer["error"])
-                yield answer["value"]
-    except RayError as error:
-        raise StorageError(
-            f"a worker died while it was {_DOING[function.__name__]} ({type(error).__name__}), three times",
-            code="E_IMG_DECODER",
-            hint="an image may crash its decoder, or memory may be short; halve the source to find it",
-        ) from error
-    finally:
-        logger.setLevel(level)
-
-
-_TASKS: dict[str, Callable[..., Any]] = {"check_files": ingest.check_files, "write_shard": ingest.write_shard}
-_DOING = {"check_files": "checking images", "write_shard": "writing a shard"}
-
-
-def _run_tasks(table: pa.Table, name: str) -> pa.Table:
-    """What a Ray task runs: JSON in, JSON out, so that nothing of ours is pickled; our errors travel as values."""
-    results = []
-    for text in table["task"].to_pylist():
-        try:
-            results.append({"value": _TASKS[name](**json.loads(text))})
-        except I2IError as error:
-            results.append({"error": [type(error).__name__, error.message, error.code, error.hint]})
-    return pa.table({"result": [json.dumps(result) for result in results]})
-
-
-def _rebuild(kind: str, message: str, code: str, hint: str | None) -> I2IError:
-    return getattr(error_tree, kind)(message, code=code, hint=hint)
+        return {info.uri for info in shards.read_index(target.read(shards.INDEX))}
+    except (DataError, pa.ArrowException, TypeError):
+        return set()

@@ -10,16 +10,20 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from models.bundle import CONFIG, FILES, copy_bundle, load_bundle
-from models.errors import BundleError, ConfigError, DataError, StorageError
-from pipelines import tracking
+from models.errors import BundleError, ConfigError, DataError, I2IError, StorageError
+from pipelines import mlflow_env
+from pipelines.bundle_uri import find_bundle
+from pipelines.mlflow_env import NAME, NAME_RULE
 from pipelines.storage import Store, join
+from pipelines.tracking import EXPERIMENT, redact
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _RESERVED = re.compile(r"latest|v\d+")  # MLflow keeps these aliases for itself
 
 
@@ -76,29 +80,68 @@ def promote(source: str, name: str, alias: str = "champion", force: bool = False
     if _RESERVED.fullmatch(alias):
         raise ConfigError(f"alias '{alias}' is reserved by MLflow; allowed: champion, challenger, staging, …")
     found = locate(source)
-    uri = tracking.tracking_uri()
-    client = tracking.client(uri)
+    client = mlflow_env.client()
     with tempfile.TemporaryDirectory(prefix="i2i-promote-") as scratch:
         directory = copy_bundle(Store(found.bundle).read, found.bundle, scratch)
         bundle = load_bundle(directory)  # what does not load is not registered
         if sorted(path.name for path in directory.iterdir()) != sorted(FILES):
             raise BundleError(f"{found.bundle}: a bundle holds exactly {', '.join(FILES)}")
         tags = _tags(found, bundle.document, (directory / CONFIG).read_bytes())
-        try:
+        with _in_one_line(client, f"register {name}"):
             holder = _holder(client, name, alias)
             if holder is not None and not force:
                 _refuse_worse(found, holder, f"{name}@{alias}")
-            version = _register(client, str(uri), name, alias, directory, tags)
-        except ConfigError:
-            raise
-        except Exception as error:
-            where = tracking.shown(str(uri))
-            hint = "check MLFLOW_TRACKING_URI and that the server is up"
-            raise StorageError(
-                f"MLflow at {where} did not register {name}: {tracking.brief(error)}", hint=hint
-            ) from error
+            version = _register(client, name, directory, tags)
+            if holder is not None:
+                client.set_registered_model_tag(name, _previous(alias), holder.version)
+            client.set_registered_model_alias(name, alias, version)
     replaced = int(holder.version) if holder is not None else None
-    return PromoteResult(name, version, alias, found.bundle, bundle.sha256, replaced)
+    return PromoteResult(name, int(version), alias, found.bundle, bundle.sha256, replaced)
+
+
+def rollback(name: str, alias: str = "champion") -> PromoteResult:
+    """Let an alias point to the version that the last promotion took it from.
+
+    Only the last promotion can be undone: a second rollback is refused, not a way forth again.
+
+    Raises:
+        ConfigError: a bad name, or nothing to go back to.
+        StorageError: MLflow does not answer.
+    """
+    check_name("model name", name)
+    check_name("alias", alias)
+    client = mlflow_env.client()
+    with _in_one_line(client, f"roll {name}@{alias} back"):
+        holder = _holder(client, name, alias)
+        former = client.get_registered_model(name).tags.get(_previous(alias)) if holder is not None else None
+        if holder is None or former is None:
+            raise ConfigError(
+                f"{name}@{alias} has nothing to go back to",
+                hint="only the last promotion over another version can be undone, once",
+            )
+        version = client.get_model_version(name, former)
+        client.set_registered_model_alias(name, alias, former)
+        client.delete_registered_model_tag(name, _previous(alias))
+    bundle, digest = version.tags.get("bundle", ""), version.tags.get("weights_sha256", "")
+    return PromoteResult(name, int(former), alias, bundle, digest, int(holder.version))
+
+
+def _previous(alias: str) -> str:
+    """Tag of a registered model: the version that `alias` pointed to before the last promotion."""
+    return f"previous.{alias}"
+
+
+@contextmanager
+def _in_one_line(client: Any, action: str) -> Iterator[None]:
+    """Whatever MLflow raises, as a StorageError."""
+    try:
+        yield
+    except I2IError:
+        raise
+    except Exception as error:
+        where = mlflow_env.shown(client.tracking_uri)
+        hint = "check MLFLOW_TRACKING_URI and that the server is up"
+        raise StorageError(f"MLflow at {where} did not {action}: {mlflow_env.brief(error)}", hint=hint) from error
 
 
 def check_name(what: str, value: str) -> None:
@@ -108,15 +151,15 @@ def check_name(what: str, value: str) -> None:
         ConfigError: `value` is not one.
     """
     if not NAME.fullmatch(value):
-        rule = "allowed: a-z, 0-9, '-' and '_', beginning with a letter or digit, at most 63"
-        raise ConfigError(f"{what} {value[:80]!r} cannot be used; {rule}")
+        raise ConfigError(f"{what} {value[:80]!r} cannot be used", hint=f"allowed: {NAME_RULE}")
 
 
 def locate(source: str) -> Candidate:
     """The bundle that `source` (a study, a run or a bundle) stands for.
 
     Raises:
-        DataError: it is none of the three, or a study without a winner.
+        BundleError: it is none of the three.
+        DataError: a study without a winner.
     """
     store = Store(source)
     if store.exists("study.json"):
@@ -133,15 +176,7 @@ def locate(source: str) -> Candidate:
             score=trial["score"],
             data_digest=study.get("data_digest"),
         )
-    if store.exists(CONFIG):
-        return Candidate(store.uri)
-    if store.exists(f"bundle/{CONFIG}"):
-        return Candidate(join(store.uri, "bundle"))
-    raise DataError(
-        f"{source} is no study, run or bundle: there is no study.json, bundle/{CONFIG} or {CONFIG} in it",
-        code="E_NOT_FOUND",
-        hint="give the directory that train or tune printed; an unfinished run has no bundle yet",
-    )
+    return Candidate(find_bundle(source))
 
 
 def _tags(found: Candidate, document: dict[str, Any], raw_config: bytes) -> dict[str, str]:
@@ -155,16 +190,14 @@ def _tags(found: Candidate, document: dict[str, Any], raw_config: bytes) -> dict
         "step": document.get("step"),
         "code_version": document.get("code_version"),
         "data_digest": data.get("digest"),
-        "bundle": tracking.shown(found.bundle),
+        "bundle": mlflow_env.shown(found.bundle),
         "trial": found.trial,
         "objective": found.metric,
         "objective_score": found.score,
         "objective_data": found.data_digest,
     }
-    for key, value in (document.get("scores") or {}).items():
-        if isinstance(value, (int, float)):
-            tags[f"score.{key}"] = value
-    return {key: str(value) for key, value in tags.items() if value not in (None, "")}
+    scores = redact(document.get("scores") or {}, "score.")
+    return {key: str(value) for key, value in tags.items() if value not in (None, "")} | scores
 
 
 def _holder(client: Any, name: str, alias: str) -> Any | None:
@@ -195,10 +228,11 @@ def _refuse_worse(found: Candidate, holder: Any, where: str) -> None:
         )
 
 
-def _register(client: Any, uri: str, name: str, alias: str, directory: Path, tags: dict[str, str]) -> int:
+def _register(client: Any, name: str, directory: Path, tags: dict[str, str]) -> str:
+    """Upload the bundle as artifacts of a run, and make it the next version of the model; its number."""
     from mlflow.exceptions import MlflowException
 
-    experiment = tracking.experiment_id(client, tracking.EXPERIMENT, uri)
+    experiment = mlflow_env.experiment_id(client, EXPERIMENT, client.tracking_uri)
     run = client.create_run(experiment, run_name=f"promote {name}", tags={**tags, "kind": "promotion"})
     run_id = run.info.run_id
     try:
@@ -211,9 +245,8 @@ def _register(client: Any, uri: str, name: str, alias: str, directory: Path, tag
         # A server accepts only a source inside the artifacts of a run that it knows.
         source = f"{run.info.artifact_uri}/bundle"
         version = client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=30)
-        client.set_registered_model_alias(name, alias, version.version)
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id)
-    return int(version.version)
+    return str(version.version)

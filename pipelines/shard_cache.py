@@ -30,8 +30,8 @@ _STALE_S = 3600.0
 class DiskCache:
     """A directory of shards, named by their sha256 and shared by every process of the node.
 
-    Files appear whole, by rename. Beyond `limit_bytes` the least recently used ones go. Where the disk is full, shards
-    are used without being kept, with one warning.
+    Files appear whole, by rename. Beyond `limit_bytes` the least recently used ones go. Where the directory
+    cannot be written or the disk is full, shards are used without being kept, with one warning.
     """
 
     def __init__(self, directory: str | Path, limit_bytes: int) -> None:
@@ -53,7 +53,7 @@ class DiskCache:
 
     def holds(self, shard: ShardInfo) -> bool:
         """Whether the shard is here (not whether it is intact)."""
-        return (self.directory / f"{shard.sha256}.parquet").exists()
+        return os.path.exists(self.directory / f"{shard.sha256}.parquet")
 
     def _read(self, path: Path, shard: ShardInfo) -> bytes | None:
         try:
@@ -62,7 +62,8 @@ class DiskCache:
             return None
         if hashlib.sha256(data).hexdigest() != shard.sha256:
             console.warn(f"{path} was damaged on this node's disk; it is fetched again")
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the order of eviction
@@ -75,10 +76,9 @@ class DiskCache:
             os.replace(temporary, path)
             self._evict(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if not self._warned:
-                console.warn(f"the shard cache {self.directory} cannot be written ({error.strerror}); going on without")
-                self._warned = True
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            self._warn(error)
 
     def _evict(self, newest: Path) -> None:
         with self._lock("evict"):
@@ -102,10 +102,18 @@ class DiskCache:
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         # The system drops the lock of a process that dies; the empty lock files stay, there are few of them.
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context(open(self.directory / f"{name}.lock", "w")), fcntl.LOCK_EX)
+            except OSError as error:
+                self._warn(error)  # without the lock, at worst, a shard is fetched twice
             yield
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            console.warn(f"the shard cache {self.directory} cannot be written ({error.strerror}); going on without")
+            self._warned = True
 
 
 class ShardSource:
@@ -171,9 +179,9 @@ class ShardSource:
         """To the node's disk, or to memory where there is no cache on disk."""
         if self._disk is None:
             return read_shard(self._bytes(shard))
-        if not self._disk.holds(shard):
-            self._disk.get(shard, self.dataset.fetch)
-        return None
+        data = None if self._disk.holds(shard) else self._disk.get(shard, self.dataset.fetch)
+        # What the disk did not take would be fetched again.
+        return None if data is None or self._disk.holds(shard) else read_shard(data)
 
     def _bytes(self, shard: ShardInfo) -> bytes:
         return self.dataset.fetch(shard) if self._disk is None else self._disk.get(shard, self.dataset.fetch)

@@ -73,6 +73,17 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts if part)])
 
 
+def split_name(uri: str) -> tuple[str, str]:
+    """Directory and name of a file: `s3://b/x/y` → (`s3://b/x`, `y`), `/y` → (`/`, `y`), `y` → (`.`, `y`)."""
+    folder, slash, name = uri.rpartition("/")
+    return folder or slash or ".", name
+
+
+def cache_directory(kind: str) -> Path:
+    """Where this machine keeps copies of what lies elsewhere: `i2i/<kind>` below XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "i2i", kind)
+
+
 class Store:
     """The objects below one URI; `path` arguments are relative to it, with forward slashes.
 
@@ -156,16 +167,6 @@ class Store:
         found = self._retry("read", path, lambda: self._backend.size(path))
         if found != size:
             raise StorageError(f"{self.join(path)} holds {found:,} bytes after an upload of {size:,}; check the store")
-
-    def download(self, directory: str | Path, prefix: str = "") -> list[str]:
-        """Copy everything below `prefix` into a local directory; the relative paths."""
-        paths = [path for path, _ in self.list(prefix)]
-        for path in paths:
-            relative = path[len(prefix.strip("/")) :].lstrip("/") if prefix else path
-            target = Path(directory, relative)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(path))
-        return paths
 
     def exists(self, path: str) -> bool:
         """Whether there is an object (not a directory) of this name."""

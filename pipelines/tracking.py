@@ -2,16 +2,12 @@
 
 Everything is handed to a background thread through a bounded spool. The thread retries with backoff while the store is
 away; the first failure is one warning, and the numbers are in the run's `metrics.jsonl` anyway. This is the only module
-that writes to MLflow.
-
-Where to: `MLFLOW_TRACKING_URI`, else `sqlite:///<working directory>/runs/mlflow.db`; `none` switches tracking off.
+that logs to MLflow; where to is in `pipelines.mlflow_env`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import re
 import threading
 import time
@@ -20,110 +16,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from typing import Any
 
-from models.errors import ConfigError
 from pipelines import console
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from pipelines.mlflow_env import brief, client, experiment_id, shown, tracking_uri
 
 EXPERIMENT = "i2i"
 
-# With the defaults one call against a dead server blocks for four minutes.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 900, 90, 500  # of one request; MLflow refuses more
 _FLUSH_EVERY_S = 1.0
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 _SECRET_KEY = re.compile(r"secret|token|password|passwd|credential|access[_-]?key|api[_-]?key", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]+\.|-----BEGIN ")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 _warned: set[str] = set()
 _warned_lock = threading.Lock()
-
-
-def tracking_uri() -> str | None:
-    """Where runs are logged, absolute, so that processes in other directories agree; None where tracking is off."""
-    given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if given.lower() == "none":
-        return None
-    return given or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-
-
-def shown(uri: str) -> str:
-    """`uri` without a user name and password."""
-    return _USERINFO.sub("", uri)
-
-
-def client(uri: str | None = None) -> MlflowClient:
-    """An MLflow client with short timeouts and no chatter.
-
-    Raises:
-        ConfigError: tracking is switched off, or the URI is of no kind that MLflow knows.
-    """
-    uri = uri or tracking_uri()
-    if uri is None:
-        raise ConfigError(
-            "this needs MLflow, and tracking is switched off: MLFLOW_TRACKING_URI is 'none'",
-            hint="unset it, or give a server or sqlite:///path.db",
-        )
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    database = _database(uri)
-    if database:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except MlflowException as error:
-        raise ConfigError(f"MLFLOW_TRACKING_URI {shown(uri)} is not usable: {brief(error)}") from error
-
-
-def experiment_id(mlflow_client: MlflowClient, name: str, uri: str) -> str:
-    """The experiment `name`, made if it is new; the artifacts of a sqlite store lie beside its file."""
-    from mlflow.exceptions import MlflowException
-
-    found = mlflow_client.get_experiment_by_name(name)
-    if found is None:
-        database = _database(uri)
-        # MLflow's own default would be ./mlruns of whichever process comes first.
-        root = str(database.parent / "artifacts" / re.sub(r"[^\w-]", "_", name)) if database else None
-        try:
-            return mlflow_client.create_experiment(name, artifact_location=root)
-        except MlflowException:
-            found = mlflow_client.get_experiment_by_name(name)  # another process was faster
-            if found is None:
-                raise
-    return found.experiment_id
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error, short and without credentials."""
-    text = str(error).strip()
-    for known in (
-        "Connection refused",
-        "timed out",
-        "Name or service not known",
-        "Temporary failure in name resolution",
-    ):
-        if known in text:
-            return known.lower()
-    lines = text.splitlines()
-    return _USERINFO.sub("", lines[0] if lines else type(error).__name__)[:160]
 
 
 def redact(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -134,14 +41,10 @@ def redact(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat.update(redact(value, f"{name}."))
             continue
-        text = _USERINFO.sub("", str(value))
+        text = shown(str(value))
         hidden = _SECRET_KEY.search(str(key)) or _SECRET_VALUE.search(text)
         flat[re.sub(r"[^\w./ :-]", "_", name)[:250]] = "[redacted]" if hidden else text[:_MAX_VALUE]
     return flat
-
-
-def _database(uri: str) -> Path | None:
-    return Path(unquote(uri[len("sqlite:///") :])).resolve() if uri.startswith("sqlite:///") else None
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,22 @@ Names are kept. What fails is listed in `translate_report.jsonl` beside the resu
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from models.bundle import CONFIG, copy_bundle, read_config
+from models.bundle import read_config
 from models.errors import ConfigError, DataError, I2IError, StorageError
 from models.system import Condition
 from models.translator import check_condition
+from pipelines.bundle_uri import local_bundle
 from pipelines.console import Progress, say
-from pipelines.storage import Store, join, parse_uri
+from pipelines.storage import Store, absolute
 
 REPORT = "translate_report.jsonl"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -77,6 +79,7 @@ def translate(
     Raises:
         ConfigError, BundleError, RequestError, DataError: the caller's mistakes, before anything is translated.
         StorageError: every image failed because the stores do not answer.
+        I2IError: E_WORKER: workers do not start, or die again and again; what was done stays.
     """
     began = time.monotonic()
     if format not in _EXTENSIONS:
@@ -84,14 +87,14 @@ def translate(
     if workers < 1:
         raise ConfigError(f"workers={workers}: at least 1")
     _check(bundle_uri, condition)
-    source, target = Store(_absolute(src)), Store(_absolute(dest))
+    source, target = Store(absolute(src)), Store(absolute(dest))
     pairs = _plan(source, target, _EXTENSIONS[format])
     there = {path for path, _ in target.list()} if resume else set()
     todo = [(path, result) for path, result in pairs if result not in there]
     report = _Report(target)
     if todo:
         job = {
-            "bundle": _absolute(bundle_uri),
+            "bundle": absolute(bundle_uri),
             "source": source.uri,
             "target": target.uri,
             "condition": _plain(condition),
@@ -149,18 +152,6 @@ def _check_direction(document: dict[str, Any], condition: Condition) -> None:
     raise ConfigError(f"this model does not translate {wanted}", code="E_DOMAIN", hint=f"it offers {listed}")
 
 
-def local_bundle(uri: str) -> Path:
-    """The bundle at a URI, or in the run directory there, as a local directory; one in an object store is copied to the
-    user's cache, verified."""
-    if Store(uri).exists(f"bundle/{CONFIG}"):
-        uri = join(uri, "bundle")
-    store = Store(uri)
-    if store.is_local:
-        return Path(store.uri)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "i2i", "bundles").expanduser()
-    return copy_bundle(store.read, uri, cache)
-
-
 def _plan(source: Store, target: Store, extension: str) -> list[tuple[str, str]]:
     """(path below the source, path below the destination) of every image."""
     inside = f"{target.uri}/".startswith(f"{source.uri}/")
@@ -183,18 +174,47 @@ def _plan(source: Store, target: Store, extension: str) -> list[tuple[str, str]]
 
 
 def _run(job: dict[str, Any], todo: list[tuple[str, str]], workers: int, report: _Report, already: int) -> None:
-    import ray.data
+    import ray
 
     from pipelines.cluster import connect
 
     connect()
+    if job["device"] == "cuda":
+        check_gpus(ray.cluster_resources(), workers)
+    progress = Progress("translate", len(todo) + already, already)
+    for row in _in_one_line(_rows(_dataset(job, todo, workers)), len(todo), report):
+        report.add(row)
+        finished = report.done + len(report.failures)
+        detail = f"{len(report.failures)} failed" if report.failures else ""
+        progress.update(already + finished, detail, force=finished == len(todo))
+    progress.close()
+    if report.failures:
+        say(f"{len(report.failures)} of {len(todo)} images failed: see {report.uri}")
+
+
+def check_gpus(have: Mapping[str, float], workers: int) -> None:
+    """Ray would wait for missing GPUs for ever.
+
+    Raises:
+        ConfigError: `have`, the cluster's resources, holds fewer GPUs than one a worker.
+    """
+    if have.get("GPU", 0) < workers:
+        raise ConfigError(
+            f"{workers} workers need {workers} GPUs, the cluster has {have.get('GPU', 0):.0f}",
+            hint="lower --workers, or translate with --cpu",
+        )
+
+
+def _dataset(job: dict[str, Any], todo: list[tuple[str, str]], workers: int) -> Any:
+    import ray.data
+
     rows = [{"path": path, "result": result} for path, result in todo]
     # Enough blocks for all workers, and no more images behind one slow one than need be.
     blocks = max(1, min(len(rows), max(workers, -(-len(rows) // _BLOCK))))
     with warnings.catch_warnings():
         # The two limits have no other way in yet; without them an image that kills its worker is tried for ever.
         warnings.simplefilter("ignore")
-        dataset = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _Worker,
             fn_constructor_kwargs={"job": job},
             batch_size=_BLOCK,
@@ -204,15 +224,32 @@ def _run(job: dict[str, Any], todo: list[tuple[str, str]], workers: int, report:
             max_restarts=2,
             max_task_retries=2,
         )
-    progress = Progress("translate", len(todo) + already, already)
-    for row in _rows(dataset):
-        report.add(row)
-        finished = report.done + len(report.failures)
-        detail = f"{len(report.failures)} failed" if report.failures else ""
-        progress.update(already + finished, detail, force=finished == len(todo))
-    progress.close()
-    if report.failures:
-        say(f"{len(report.failures)} of {len(todo)} images failed: see {report.uri}")
+
+
+def _in_one_line(rows: Iterator[dict[str, Any]], total: int, report: _Report) -> Iterator[dict[str, Any]]:
+    """The rows; where Ray gives up, because workers do not start or die, the report is written and one error raised."""
+    from ray.exceptions import RayError
+
+    # Ray Data would print its own stack first.
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield from rows
+    except RayError as error:
+        report.close()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = next((line for line in reversed(lines) if "Error: " in line), type(error).__name__)
+        cause = re.sub(r"^[\w.]+\.(\w+): ", r"\1: ", cause)
+        left = total - report.done - len(report.failures)
+        raise I2IError(
+            f"translating workers do not start, or die: {cause[:300]}; "
+            f"{report.done} images done, {len(report.failures)} failed, {left} left out",
+            code="E_WORKER",
+            hint="an image may crash its decoder, or memory may be short; --resume goes on with what is left",
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -267,9 +304,3 @@ def _plain(condition: Condition) -> dict[str, Any]:
         "seed": condition.seed,
         "strength": condition.strength,
     }
-
-
-def _absolute(uri: str) -> str:
-    """Workers may run in another directory."""
-    kind, path = parse_uri(uri)
-    return uri if kind == "s3" else os.path.abspath(path)

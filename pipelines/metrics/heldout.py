@@ -47,6 +47,26 @@ def choose_split(dataset: Dataset, domains: Sequence[str], split: str | None = N
     )
 
 
+def check_enough(dataset: Dataset, directions: Sequence[tuple[str, str]], split: str, limit: int | None = None) -> None:
+    """Refuse to score these (source, to) directions on too few images, before any is read.
+
+    Raises:
+        DataError: a domain is missing or has too few held-out images, or a target too few training images.
+        ConfigError: `limit` is too small.
+    """
+    if limit is not None and limit < MIN_IMAGES:
+        raise ConfigError(f"cannot score {limit} images", code="E_LIMIT", hint=f"allowed: {MIN_IMAGES} or more")
+    held_out = dict.fromkeys(itertools.chain.from_iterable(directions))
+    for domain, where in [*((d, split) for d in held_out), *((to, "train") for _, to in directions)]:
+        dataset.require(domain, split=where)
+        count = dataset.manifest.count(domain, where)
+        if count < MIN_IMAGES:
+            raise DataError(
+                f"{dataset.uri}: domain '{domain}' has {count} images in '{where}'; scores need at least {MIN_IMAGES}",
+                code="E_DATA_FEW",
+            )
+
+
 def load_directions(
     dataset: Dataset,
     directions: Sequence[tuple[str, str]],
@@ -71,8 +91,7 @@ def load_directions(
         DataError: a domain is missing or has too few images.
         ConfigError: `limit` is too small.
     """
-    if limit is not None and limit < MIN_IMAGES:
-        raise ConfigError(f"cannot score {limit} images", code="E_LIMIT", hint=f"allowed: {MIN_IMAGES} or more")
+    check_enough(dataset, directions, split, limit)
     held_out = {
         domain: _load(dataset, domain, split, size, limit or MAX_HELD_OUT)
         for domain in dict.fromkeys(itertools.chain.from_iterable(directions))
@@ -103,7 +122,6 @@ def reference_of(dataset: Dataset, domain: str, size: int, extractor: Extractor)
     """The first `MAX_REFERENCE` training images of a domain as features; kept for the next call in this process."""
     key = (dataset.manifest.digest, domain, size, extractor.name, extractor.digest)
     if key not in _references:
-        _check_count(dataset, domain, "train")
         images = (pixels for _, pixels in iterate_split(dataset, domain, "train", size))
         raw = extractor(itertools.islice(images, MAX_REFERENCE))
         _references[key] = make_reference(domain, extractor, raw)
@@ -139,21 +157,10 @@ def protocol(directions: Sequence[Direction], split: str, size: int, seed: int) 
     }
 
 
-def _check_count(dataset: Dataset, domain: str, split: str) -> None:
-    dataset.require(domain, split=split)
-    count = dataset.manifest.count(domain, split)
-    if count < MIN_IMAGES:
-        raise DataError(
-            f"{dataset.uri}: domain '{domain}' has {count} images in '{split}'; scores need at least {MIN_IMAGES}",
-            code="E_DATA_FEW",
-        )
-
-
 def _load(
     dataset: Dataset, domain: str, split: str, size: int, limit: int, rows: np.ndarray | None = None
 ) -> np.ndarray:
     """The first `limit` images, or those in `rows` (ascending) of them: uint8 (n, size, size, 3)."""
-    _check_count(dataset, domain, split)
     images = (pixels for _, pixels in iterate_split(dataset, domain, split, size))
     last = limit if rows is None else int(rows[-1]) + 1
     wanted = None if rows is None else set(rows.tolist())

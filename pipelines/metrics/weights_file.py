@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models.errors import DataError
-from pipelines.storage import Store
+from pipelines.storage import Store, split_name
 
 # As torchvision and timm name their files: inception_v3_google-0cc3c7bd.pth
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
@@ -27,8 +27,8 @@ def read_state_dict(uri: str) -> tuple[dict[str, Tensor], str]:
     Raises:
         DataError: no such file, another format, damaged, or not what its name says.
     """
-    folder, _, name = uri.rpartition("/")
-    data = Store(folder or ("/" if uri.startswith("/") else ".")).read(name)
+    folder, name = split_name(uri)
+    data = Store(folder).read(name)
     digest = hashlib.sha256(data).hexdigest()
     named = _DIGEST_IN_NAME.search(name)
     if named and not digest.startswith(named[1]):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.bundle import save_bundle
+from models.bundle import read_config, save_bundle
 from models.errors import BundleError, ConfigError, DataError, NonFiniteLoss, RequestError
-from pipelines.evaluate import Evaluator, evaluate, system_translate
+from pipelines.bundle_uri import local_bundle
+from pipelines.evaluate import Evaluator, evaluate, save_scores, system_translate
 from pipelines.metrics import heldout
 from pipelines.shards import Dataset
 from tests.datasets import keys, write_dataset
@@ -90,10 +91,24 @@ def test_evaluate__mistakes(bundle, dataset, tmp_path):
         evaluate(bundle, empty.uri)
 
 
-def test_evaluate__bundle_and_data_on_s3(s3, bundle, dataset, tmp_path):
+def test_evaluate__run_directory_and_data_on_s3(s3, bundle, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     local = evaluate(bundle, dataset.uri)
-    remote = evaluate(s3.put(tmp_path / "bundle", "scores/bundle"), s3.put(tmp_path / "data", "scores/data"))
+    s3.put(tmp_path / "bundle", "scores/run/bundle")
+    run = s3.uri("scores/run")
+    remote = evaluate(run, s3.put(tmp_path / "data", "scores/data"))
     assert remote.directions == local.directions
+    save_scores(run, remote)
+    assert read_config(local_bundle(run))["scores"]["l1"] == remote.scores["l1"]
+
+
+def test_save_scores__tell_how_they_came_about(bundle, dataset, tmp_path):
+    result = evaluate(bundle, dataset.uri, limit=8)
+    save_scores(str(tmp_path), result)
+    stored = read_config(bundle)["scores"]
+    assert {name: stored[name] for name in result.scores} == result.scores
+    assert (stored["split"], stored["direction"], stored["protocol"]) == ("test", "a->b", result.protocol)
+    assert "* protocol.held_out_images.a: 8\n" in (tmp_path / "bundle/card.md").read_text()
 
 
 def test_evaluator__reads_once_and_gives_flat_numbers(dataset, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from models import codec
 from models.errors import ConfigError, DataError
 from pipelines import prepare as prepare_module
-from pipelines import shards
+from pipelines import ray_tasks, shards
 from pipelines.inspect import inspect_dataset
 from pipelines.prepare import PrepareResult, prepare
 from pipelines.storage import Store
@@ -195,8 +195,8 @@ def test_inspect__a_damaged_shard_is_found(photos: Path, tmp_path: Path) -> None
 
 
 def test_prepare__a_dying_worker_is_one_error(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(prepare_module._DOING, "_exit", "checking images")
-    monkeypatch.setattr(prepare_module, "_run_tasks", lambda table, name: os._exit(1))
+    monkeypatch.setitem(ray_tasks._DOING, "_exit", "checking images")
+    monkeypatch.setattr(ray_tasks, "_run_block", lambda table, name: os._exit(1))
     monkeypatch.setattr(prepare_module.ingest, "check_files", os._exit)
     with pytest.raises(Exception, match="a worker died while it was checking images") as caught:
         prepare(str(photos), str(tmp_path / "set"))

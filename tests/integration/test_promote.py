@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import load_bundle, save_bundle
+from models.bundle import load_bundle, save_bundle, update_scores
 from models.errors import BundleError, ConfigError, DataError, StorageError
-from pipelines import tracking
-from pipelines.promote import locate, promote
+from pipelines import mlflow_env
+from pipelines.promote import locate, promote, rollback
 from tests.tiny_system import Tiny, register
 
 
@@ -54,7 +54,7 @@ def test_promote__a_study_then_a_run(here, capfd):
     second = promote(str(here / "run"), "letters")
     assert (second.version, second.replaced, second.weights_sha256) == (2, 1, digest)
 
-    version = tracking.client().get_model_version_by_alias("letters", "champion")
+    version = mlflow_env.client().get_model_version_by_alias("letters", "champion")
     assert version.tags["weights_sha256"] == digest
     assert version.tags["score.kid_random_v1"] == "0.25"
     assert version.tags["system"] == "tiny"
@@ -62,9 +62,37 @@ def test_promote__a_study_then_a_run(here, capfd):
     assert version.tags["config_sha256"] == hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
     assert load_bundle(source).sha256 == digest
     assert sorted(os.listdir(source)) == ["card.md", "config.json", "weights.safetensors"]
-    run = tracking.client().get_run(version.run_id)
+    run = mlflow_env.client().get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert capfd.readouterr() == ("", "")
+
+
+def test_promote__scores_of_any_depth_become_tags(here):
+    make_bundle(here / "b")
+    update_scores(here / "b", {"l1": 0.5, "b->a/l1": 0.25, "split": "test", "protocol": {"held_out": {"a": 9}}})
+    promote(str(here / "b"), "letters")
+    tags = mlflow_env.client().get_model_version_by_alias("letters", "champion").tags
+    assert tags["score.l1"] == "0.5"
+    assert tags["score.b-_a/l1"] == "0.25"
+    assert tags["score.split"] == "test"
+    assert tags["score.protocol.held_out.a"] == "9"
+
+
+def test_rollback__to_the_version_before_once(here):
+    first, second = make_bundle(here / "a"), make_bundle(here / "b/bundle")
+    with pytest.raises(ConfigError, match="letters@champion has nothing to go back to"):
+        rollback("letters")
+    promote(str(here / "a"), "letters")
+    with pytest.raises(ConfigError, match="nothing to go back to"):
+        rollback("letters")
+    promote(str(here / "b"), "letters")
+    result = rollback("letters")
+    assert (result.version, result.replaced, result.weights_sha256) == (1, 2, first)
+    assert mlflow_env.client().get_model_version_by_alias("letters", "champion").tags["weights_sha256"] == first
+    with pytest.raises(ConfigError, match="nothing to go back to"):
+        rollback("letters")
+    assert promote(str(here / "b"), "letters").replaced == 1
+    assert second != first
 
 
 def test_promote__a_worse_candidate_needs_force(here):
@@ -93,11 +121,11 @@ def test_promote__a_damaged_bundle_is_not_registered(here):
     (here / "b/weights.safetensors").write_bytes(raw)
     with pytest.raises(BundleError, match="damaged"):
         promote(str(here / "b"), "letters")
-    assert tracking.client().search_registered_models() == []
+    assert mlflow_env.client().search_registered_models() == []
 
 
 def test_locate__neither_study_nor_run_nor_bundle(here):
-    with pytest.raises(DataError, match="no study, run or bundle"):
+    with pytest.raises(BundleError, match="no bundle at"):
         locate(str(here))
     (here / "study.json").write_text(json.dumps({"best": None, "trials": []}))
     with pytest.raises(DataError, match="no winner"):
@@ -131,7 +159,7 @@ def test_promote__to_a_server_that_proxies_artifacts(here, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         digest = make_bundle(here / "b")
         assert promote(str(here / "b"), "letters").version == 1
-        client = tracking.client()
+        client = mlflow_env.client()
         version = client.get_model_version_by_alias("letters", "champion")
         local = client.download_artifacts(version.run_id, "bundle", str(here))
         assert load_bundle(local).sha256 == digest

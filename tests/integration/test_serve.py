@@ -202,7 +202,8 @@ def test_import__loads_no_training_code():
     program = "import sys, deploy.app; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     modules = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout.split()
-    allowed = {"pipelines"} | {f"pipelines.{name}" for name in ("storage", "storage_s3", "console", "cluster")}
+    names = ("storage", "storage_s3", "console", "cluster", "bundle_uri", "mlflow_env")
+    allowed = {"pipelines"} | {f"pipelines.{name}" for name in names}
     assert {name for name in modules if name.split(".")[0] in ("pipelines", "tune_spaces")} <= allowed
 
 

@@ -10,12 +10,12 @@ import pytest
 
 import tune_spaces
 from models.bundle import load_bundle
-from models.errors import ConfigError, I2IError
-from pipelines import tracking
-from pipelines import tune as tuning
+from models.errors import ConfigError, DataError, I2IError
+from pipelines import mlflow_env, search, tracking
 from pipelines.config import RunConfig, resolve
 from pipelines.promote import locate
-from pipelines.tune import describe, points, tune
+from pipelines.search import points
+from pipelines.tune import describe, tune
 from tests.datasets import keys, write_dataset
 
 KID = "kid_random_v1"
@@ -80,7 +80,7 @@ def test_tune__finds_the_best_of_its_trials_and_records_them(here, data, ray_ses
     assert locate(result.study).bundle == result.bundle
     assert describe(result).endswith(result.study)
 
-    client = tracking.client()
+    client = mlflow_env.client()
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
     runs = client.search_runs([experiment])
     parents = [r for r in runs if r.data.tags.get("kind") == "study"]
@@ -102,7 +102,7 @@ def test_tune__trials_that_crash_are_listed_and_the_others_go_on(here, data, ray
     def three(space, trials, seed):
         return [space.published(), {"cycle": -1.0, "identity": 5.0}, {"cycle": 2.0, "identity": 2.0}]
 
-    monkeypatch.setattr(tuning, "points", three)
+    monkeypatch.setattr(search, "points", three)
     (here / "study/trials").mkdir(parents=True)
     (here / "study/trials/002").write_text("in the way")
     result = tune(config(data), trials=3, scheduler="none", concurrent=1)
@@ -143,6 +143,14 @@ def test_tune__into_a_bucket(here, data, ray_session, s3):
 def test_tune__bad_options_before_the_first_trial(here, data, options, message):
     with pytest.raises(ConfigError, match=message):
         tune(config(data), **{"trials": 2, **options})
+    assert not (here / "study").exists()
+
+
+def test_tune__too_few_images_before_the_first_trial(here, tmp_path):
+    splits = {"train": {"a": keys("p", 9), "b": keys("q", 9)}, "val": {"a": keys("r", 9), "b": keys("s", 4)}}
+    write_dataset(tmp_path / "few", splits)
+    with pytest.raises(DataError, match=r"domain 'b' has 4 images in 'val'; scores need at least 6"):
+        tune(config(str(tmp_path / "few")), trials=2)
     assert not (here / "study").exists()
 
 

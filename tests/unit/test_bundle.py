@@ -126,6 +126,9 @@ def test_copy_bundle__verified_and_reused(bundle_dir, tmp_path):
     again = copy_bundle(read, "s3://bucket/b", tmp_path / "cache")
     assert first == again and asked == ["config.json", "weights.safetensors", "config.json"]
     assert load_bundle(first).sha256 == load_bundle(bundle_dir).sha256
+    (first / "weights.safetensors").write_bytes(b"damaged since")
+    assert copy_bundle(read, "s3://bucket/b", tmp_path / "cache") == first
+    assert load_bundle(first).sha256 == load_bundle(bundle_dir).sha256
 
 
 def test_copy_bundle__damaged_weights_leave_nothing(bundle_dir, tmp_path):

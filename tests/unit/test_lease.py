@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import ConfigError
+from pipelines import lease as leases
 from pipelines.lease import Lease
 from pipelines.storage import Store
 
@@ -59,3 +60,29 @@ def test_lease__from_another_machine_lapses(tmp_path: Path) -> None:
     store.write("lease.json", json.dumps(holder | {"time": time.time() - 61}).encode())
     with Lease(store):
         pass
+
+
+def test_lease__of_two_that_wrote_at_once_the_last_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    store.is_local = False  # such a store lets both in
+    other = json.dumps({"id": "other"}).encode()
+    monkeypatch.setattr(leases.time, "sleep", lambda seconds: store.write("lease.json", other))
+    with pytest.raises(ConfigError, match="taken by another process just now"), Lease(store):
+        pass
+    assert store.read("lease.json") == other
+
+
+def test_lease__one_that_was_taken_is_told_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(leases, "_RENEW_S", 0.05)
+    store, told = Store(str(tmp_path)), []
+    other = json.dumps({"id": "other", "pid": 7, "host": "elsewhere"}).encode()
+    with Lease(store, on_lost=lambda: told.append(True)) as lease:
+        time.sleep(0.2)
+        assert not lease.lost.is_set()
+        while not lease.lost.wait(0.1):
+            store.write("lease.json", other)
+    assert told == [True]
+    assert store.read("lease.json") == other
+    assert "was taken by process 7 on elsewhere" in capsys.readouterr().err

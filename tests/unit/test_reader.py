@@ -165,6 +165,17 @@ def test_disk_cache__a_full_disk_does_not_stop_reading(dataset, tmp_path, monkey
     assert not list(tmp_path.glob("*.parquet"))
 
 
+def test_disk_cache__a_directory_that_cannot_be_made_is_one_warning(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    cache = DiskCache(tmp_path / "file", 10**9)
+    for shard in dataset.shards("a", "train")[:2]:
+        assert cache.get(shard, dataset.fetch) == dataset.fetch(shard)
+        assert not cache.holds(shard)
+    err = capsys.readouterr().err
+    assert err.count("cannot be written") == 1
+    assert len(err.splitlines()) == 1
+
+
 def test_shard_source__memory_is_bounded(dataset):
     source = ShardSource(dataset, None, 0)
     source.reserve(3)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from models.errors import ConfigError
-from pipelines import tracking
+from pipelines import mlflow_env, tracking
 from pipelines.tracking import Tracker
 
 
@@ -18,7 +18,7 @@ from pipelines.tracking import Tracker
 def store(tmp_path, monkeypatch) -> str:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    return tracking.tracking_uri()
+    return mlflow_env.tracking_uri()
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def test_tracker__stores_params_metrics_tags_artifacts_and_children(store, tmp_p
         with Tracker("letters", "trial 0", parent=tracker) as child:
             child.metrics({"score": 1.0})
         run_id = tracker.run_id()
-    client = tracking.client()
+    client = mlflow_env.client()
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"weights.cycle": "10.0", "weights.identity": "5.0", "train.steps": "3"}
@@ -57,7 +57,7 @@ def test_tracker__an_exception_marks_the_run_failed(store):
     tracker = Tracker("letters", "bad")
     with contextlib.suppress(ZeroDivisionError), tracker:
         raise ZeroDivisionError
-    assert tracking.client().get_run(tracker.run_id()).info.status == "FAILED"
+    assert mlflow_env.client().get_run(tracker.run_id()).info.status == "FAILED"
 
 
 def test_tracker__continues_a_run(store):
@@ -66,7 +66,7 @@ def test_tracker__continues_a_run(store):
     with Tracker("letters", "first", run_id=tracker.run_id()) as again:
         again.metrics({"loss": 2.0}, 2)
     assert again.run_id() == tracker.run_id()
-    assert len(tracking.client().get_metric_history(tracker.run_id(), "loss")) == 2
+    assert len(mlflow_env.client().get_metric_history(tracker.run_id(), "loss")) == 2
 
 
 def test_tracker__a_refused_record_does_not_block_the_next(store, capsys):
@@ -75,7 +75,7 @@ def test_tracker__a_refused_record_does_not_block_the_next(store, capsys):
         tracker.params({"steps": 2})  # MLflow's parameters cannot change
         tracker.artifact("nowhere.png")
         tracker.metrics({"loss": 1.0})
-    assert tracking.client().get_run(tracker.run_id()).data.metrics == {"loss": 1.0}
+    assert mlflow_env.client().get_run(tracker.run_id()).data.metrics == {"loss": 1.0}
     assert capsys.readouterr().err.count("warning") == 1
 
 
@@ -110,7 +110,7 @@ def test_tracker__off(monkeypatch):
         tracker.metrics({"loss": 1.0})
         assert tracker.run_id() is None
     with pytest.raises(ConfigError, match="switched off"):
-        tracking.client()
+        mlflow_env.client()
 
 
 @pytest.mark.parametrize(
