@@ -214,9 +214,13 @@ def evaluate(
     gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Default: GPU where there is one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a bundle on held-out images, beside doing nothing and real images."""
+    """Score a bundle on held-out images, beside doing nothing and real images.
+
+    Scores of the whole held-out split are kept in the bundle.
+    """
     from pipelines import tables
     from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate import save_scores
 
     result = run(
         bundle,
@@ -230,6 +234,8 @@ def evaluate(
         seed=seed,
         device="cuda" if _use_gpu(gpu) else "cpu",
     )
+    if limit is None and metrics is None and split is None:
+        save_scores(bundle, result)
     _print_json(result) if as_json else _print(tables.evaluation(result))
 
 
@@ -284,16 +290,23 @@ def tune(
 
 @app.command()
 def promote(
-    source: Annotated[str, typer.Argument(help="Run, study or bundle directory.")],
+    source: Annotated[str | None, typer.Argument(help="Run, study or bundle directory.")] = None,
+    *,
     name: Annotated[str, typer.Option(help="Name of the registered model.")],
     alias: Annotated[str, typer.Option(help="Alias that will point to the new version.")] = "champion",
     force: Annotated[bool, typer.Option("--force", help="Even if it scores below the present one.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Point the alias back to the version before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Register a bundle in MLflow and point an alias at it."""
-    from pipelines.promote import promote as run
+    from pipelines import promote as promotion
 
-    result = run(source, name, alias=alias, force=force)
+    if rollback == (source is not None):
+        raise ConfigError("promote needs a run, study or bundle, or --rollback", hint="one of the two")
+    if source is None:
+        result = promotion.rollback(name, alias)
+    else:
+        result = promotion.promote(source, name, alias=alias, force=force)
     _print_json(result) if as_json else _print(f"{result.model} version {result.version} is {result.alias}")
 
 
@@ -414,9 +427,9 @@ def _pairs(given: list[str], option: str) -> dict[str, str]:
 
 
 def _read(uri: str) -> bytes:
-    from pipelines.storage import Store, split
+    from pipelines.storage import Store, split_name
 
-    folder, name = split(uri)
+    folder, name = split_name(uri)
     return Store(folder).read(name)
 
 

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +29,7 @@ from pipelines.grid import to_tensor, translation_grid
 from pipelines.reader import SampleReader, iterate_split
 from pipelines.rundir import RunDirectory
 from pipelines.shards import Dataset, open_dataset
+from pipelines.storage import cache_directory
 from pipelines.transforms import augment_config
 from pipelines.version import code_version
 
@@ -298,7 +298,7 @@ class _Loop:
             batch=config.train.batch // config.train.logical_ranks,
             augment=augment_config(config.data.augment, config.size),
             seed=config.train.seed,
-            cache_dir=str(Path("~/.cache/i2i/shards").expanduser()),
+            cache_dir=str(cache_directory("shards")),
             cache_limit_bytes=int(config.data.cache_gb * 2**30),
         )
 

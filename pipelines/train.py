@@ -111,9 +111,8 @@ def train(config: RunConfig, *, parent: str | None = None, progress: bool = True
         return _result(config, done)
     # What the user can have got wrong is looked at before anything is started or written.
     resolve_domains(config, open_dataset(config.data.uri))
-    with Lease(run.store):
+    with _stop_on_sigterm() as stop, Lease(run.store, on_lost=stop.set) as lease:
         if config.train.workers:
-            # Ray installs a handler for SIGTERM of its own: ours must come after it.
             cluster.connect(verbose=verbose)
             check_resources(config)
         elif config.train.gpu and not torch.cuda.is_available():
@@ -122,8 +121,9 @@ def train(config: RunConfig, *, parent: str | None = None, progress: bool = True
             )
         run.write_config(config)
         console.say(f"{config.name} for {config.train.steps} steps, seed {config.train.seed}, into {config.out}")
-        with _stop_on_sigterm() as stop:
-            step = _train_tracked(config, run, stop, parent, progress)
+        step = _train_tracked(config, run, stop, parent, progress)
+    if lease.lost.is_set():
+        raise ConfigError(f"{config.out} was taken over by another process; this one stopped", code="E_RUN_LOCKED")
     done = run.result()
     if done is None or done["steps"] < config.train.steps:
         console.say(f"stopped at step {step}; go on with --resume --out {config.out}")
