@@ -20,7 +20,8 @@ Deviations:
          At the published batch size 1 this is the same; at larger ones it keeps an output a function of its own input,
          and independent of how a batch is split over workers. `statistics="batch"` trains with batch statistics.
     [D2] Dropout is on in training only (`test_dropout=True` for the published behaviour, seeded by the request), on the
-         three innermost decoder stages as in the paper and the Torch release.
+         three innermost decoder stages at 256 px as in the paper and the Torch release; on one less for each level less
+         as in the PyTorch release, because there the third one holds detail.
     [D3] The learning rate decays over the second half of the run as in the PyTorch release; the Torch release keeps it.
     [D4] One epoch is each pair once.
 """
@@ -44,8 +45,6 @@ from models.nets.patchgan import PatchGAN
 from models.schedule import LinearDecay, Schedule
 from models.system import Condition, Draws, Optimiser, Phase, PhaseOutput, StepContext, System
 
-_DROPOUT_STAGES = 3
-
 
 @dataclass(frozen=True)
 class Pix2PixWeights:
@@ -67,6 +66,7 @@ class Pix2PixConfig:
     d_layers: int = 3  # 70 × 70 patches
     statistics: Statistics = "sample"  # [D1]
     dropout: float = 0.5
+    dropout_stages: int | None = None  # None: levels − 5, which is 3 at 256 px [D2]
     test_dropout: bool = False  # [D2]
     gan_mode: GanMode = "vanilla"
     lr: float = 2e-4
@@ -76,7 +76,7 @@ class Pix2PixConfig:
     def __post_init__(self) -> None:
         check_record(
             self,
-            at_least={"size": 32, "width": 1, "levels": 4, "d_width": 1, "d_layers": 0},
+            at_least={"size": 32, "width": 1, "levels": 4, "d_width": 1, "d_layers": 0, "dropout_stages": 0},
             above_zero=("lr",),
             fractions=("beta1", "decay_begin", "dropout"),
             choices={"gan_mode": GAN_MODES, "statistics": ("batch", "sample")},
@@ -95,6 +95,12 @@ class Pix2PixConfig:
     def num_levels(self) -> int:
         """Strided stages of the U-Net."""
         return self.levels if self.levels is not None else min(8, int(math.log2(self.size)))
+
+    @property
+    def num_dropouts(self) -> int:
+        """Decoder stages with dropout, counted from the innermost; 0 where `dropout` is 0."""
+        stages = self.dropout_stages if self.dropout_stages is not None else max(0, self.num_levels - 5)
+        return min(stages, self.num_levels - 1) if self.dropout else 0
 
 
 class UNet(nn.Module):
@@ -172,7 +178,7 @@ class Pix2Pix(System):
 
     def translate(self, x: Tensor, condition: Condition) -> Tensor:
         self.direction(condition)
-        if not (self.config.test_dropout and self.config.dropout):
+        if not (self.config.test_dropout and self.config.num_dropouts):
             return self.g(x)
         generator = torch.Generator().manual_seed(condition.seed or 0)
         # The same masks for every image of the batch: a batch of four equals four singles.
@@ -180,8 +186,6 @@ class Pix2Pix(System):
         return self.g(x, masks)
 
     def draw(self, generator: torch.Generator, n: int) -> Draws:
-        if not self.config.dropout:
-            return {}
         masks = self._masks(generator, n, (self.config.size, self.config.size))
         return {f"dropout_{i}": mask for i, mask in enumerate(masks)}
 
@@ -189,7 +193,7 @@ class Pix2Pix(System):
         """Dropout factors of the innermost decoder stages for images of (height, width) `size`."""
         levels, keep = self.config.num_levels, 1 - self.config.dropout
         masks = []
-        for i in range(min(_DROPOUT_STAGES, levels - 1)):
+        for i in range(self.config.num_dropouts):
             channels = self.config.width * min(2 ** (levels - 2 - i), 8)
             shape = (n, channels, size[0] >> (levels - 1 - i), size[1] >> (levels - 1 - i))
             masks.append((torch.rand(shape, generator=generator) < keep) / keep)

@@ -15,7 +15,7 @@ from models.system import System
 SIZE = 32
 SMALL: dict[str, dict[str, Any]] = {
     "cyclegan": {"size": SIZE, "width": 8, "blocks": 1, "pool": 2},
-    "pix2pix": {"size": SIZE, "width": 8},
+    "pix2pix": {"size": SIZE, "width": 8, "dropout_stages": 2},
 }
 NAMES = sorted(SYSTEMS)
 DOMAINS = ("photo", "drawing")

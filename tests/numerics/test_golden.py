@@ -176,7 +176,7 @@ def _context(system, active: set[str]):
 
 
 def test_pix2pix__dropout_is_the_only_noise() -> None:
-    system = Pix2Pix(Pix2PixConfig(size=32, width=8))
+    system = Pix2Pix(Pix2PixConfig(size=32, width=8, dropout_stages=3))
     x = torch.rand(1, 3, 32, 32)
     masks = [list(system.draw(random_stream(seed), 1).values()) for seed in (0, 1, 0)]
     outputs = [system.g(x, m) for m in masks]
@@ -186,10 +186,16 @@ def test_pix2pix__dropout_is_the_only_noise() -> None:
     assert [tuple(m.shape) for m in masks[0]] == [(1, 64, 2, 2), (1, 32, 4, 4), (1, 16, 8, 8)]
 
 
+@pytest.mark.parametrize(("size", "stages"), [(256, 3), (128, 2), (64, 1), (32, 0)])
+def test_pix2pix__dropout_stays_innermost(size: int, stages: int) -> None:
+    assert Pix2PixConfig(size=size).num_dropouts == stages
+    assert Pix2PixConfig(size=size, dropout=0.0).num_dropouts == 0
+
+
 def test_pix2pix__test_dropout_follows_the_seed() -> None:
     from models.system import Condition
 
-    system = Pix2Pix(Pix2PixConfig(size=32, width=8, test_dropout=True)).eval()
+    system = Pix2Pix(Pix2PixConfig(size=32, width=8, dropout_stages=2, test_dropout=True)).eval()
     x = torch.rand(2, 3, 32, 32)
     one, same, other = (system.translate(x, Condition(seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(one, same)
