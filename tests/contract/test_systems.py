@@ -178,6 +178,7 @@ def _process(rank: int, name: str, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     torch.save(_gradients_of_a_run(name, (rank, rank + 2)), f"{directory}/{rank}.pt")
     _nan_on_one_process(rank, name)
+    dist.barrier()  # gloo aborts a process whose peer leaves in the middle of a collective
     dist.destroy_process_group()
 
 
