@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -162,15 +163,17 @@ def test_conditioning__names_the_domains(name: str) -> None:
 def test_two_processes__give_the_gradients_of_one(name: str, tmp_path: Path) -> None:
     """Two processes with two logical ranks each do what one process with all four does."""
     expected = _gradients_of_a_run(name, (0, 1, 2, 3))
+    largest = max(value.abs().max().item() for key, value in expected.items() if key.startswith("gradient."))
     mp.spawn(_process, args=(name, str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found.keys() >= {key for key in expected if not key.startswith("pools.")}
         for key, value in found.items():
-            # Against the largest entry of the tensor: small ones are sums that cancel.
+            # Against the largest entry of the tensor: small ones are sums that cancel. A bias before an instance norm
+            # has no gradient but rounding, hence the second bound, against the largest of all gradients.
             scale = expected[key].abs().max().item()
             error = (value - expected[key]).abs().max().item()
-            assert error <= 1e-5 * scale, f"{key}: off by {error:.2g} of {scale:.2g}"
+            assert error <= 1e-5 * scale + 1e-5 * largest, f"{key}: off by {error:.2g} of {scale:.2g}"
 
 
 def _process(rank: int, name: str, directory: str) -> None:
@@ -178,8 +181,9 @@ def _process(rank: int, name: str, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     torch.save(_gradients_of_a_run(name, (rank, rank + 2)), f"{directory}/{rank}.pt")
     _nan_on_one_process(rank, name)
-    dist.barrier()  # gloo aborts a process whose peer leaves in the middle of a collective
-    dist.destroy_process_group()
+    dist.barrier()
+    # Not through the interpreter's exit: gloo's threads may still run when their objects are torn down, which aborts.
+    os._exit(0)
 
 
 def _gradients_of_a_run(name: str, hosted: tuple[int, ...]) -> dict[str, torch.Tensor]:
