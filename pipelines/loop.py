@@ -160,6 +160,7 @@ class _Loop:
         self.scores = scores
         self.samples: dict[str, np.ndarray] = {}
         self.logged = 0
+        self.looked_up = 0.0
         self.clock = _Clock()
 
     def run_from(self, start: int, hosted: tuple[int, ...]) -> LoopResult:
@@ -177,8 +178,11 @@ class _Loop:
                 self.engine.step(step, self._to_device(batch))
                 step += 1
                 last = step == train.steps
-                if step % train.log_every == 0 or last or self._impatient():
+                if step % train.log_every == 0 or last:
                     stop = self._log(step)
+                elif self._impatient():
+                    self.looked_up = time.monotonic()
+                    stop = self.context.report({"kind": "alive", "step": step})
                 with self.clock.pause():
                     if step % train.sample_every == 0 or last:
                         self._sample(step)
@@ -195,7 +199,8 @@ class _Loop:
 
     def _impatient(self) -> bool:
         """Whether a lone process should look up: slow steps must not delay a stop by a whole logging window."""
-        return self.context.world == 1 and time.monotonic() - self.clock.started > _LOOK_UP_S
+        latest = max(self.clock.started, self.looked_up)
+        return self.context.world == 1 and time.monotonic() - latest > _LOOK_UP_S
 
     def _to_device(self, batch: StepBatch) -> dict[int, Batch]:
         system, device = self.engine.system, self.context.device

@@ -167,6 +167,8 @@ class _Watcher:
         self._show = progress
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "alive":
+            return
         values = {k: v for k, v in event.items() if k not in ("kind", "step", "time") and isinstance(v, int | float)}
         self._tracker.metrics(values, int(event["step"]))
         self.note_run(timeout_s=0)

@@ -168,7 +168,6 @@ def test_train__sigterm_saves_and_says_how_to_go_on(data: str, tmp_path: Path) -
     found = checkpoint.latest(Store(config.out))
     assert found is not None
     assert 0 < found.step < 2000
-    assert found.step % 5 == 0
     assert not (tmp_path / "run/lease.json").exists()
 
 
